@@ -1,0 +1,1 @@
+"""Connections to model libraries; each is optional and none knows another."""
