@@ -1,0 +1,45 @@
+# Every target sets up what it needs in .venv; `make help` lists them.
+PYTHON ?= python3
+TOPMASS_VENV ?= .venv
+PYTEST_WORKERS ?= 2
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+export TOPMASS_VENV
+# nothing here may depend on a hub
+export HF_HUB_OFFLINE = 1
+
+BIN := $(TOPMASS_VENV)/bin
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint format setup-demo setup-test clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+
+demo: setup-demo ## audit the bundled model on this machine and write a report
+	@$(BIN)/topmass demo $(DEMO_ARGS)
+
+test: lint ## lint, check types and run the tests (PYTEST_ARGS="..." to choose)
+	@$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+lint: setup-test ## ruff, import-linter and basedpyright
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports
+	@$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+format: setup-test ## rewrite the sources as ruff wants them
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+setup-demo:
+	@$(PYTHON) scripts/bootstrap.py demo
+
+setup-test:
+	@$(PYTHON) scripts/bootstrap.py test
+
+clean: ## remove the environment, caches and builds; results in runs/ stay
+	rm -rf $(TOPMASS_VENV) dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
