@@ -113,7 +113,7 @@ def install(target, venv, key):
         if not run(sys.executable, "-m", "venv", "--clear", str(venv)):
             fail(f"could not create {venv}, for the reason above; is the folder writable, and is there space?")
         stamp.write_text(f"{key}\n")
-    pip = [str(python), "-m", "pip"] + ([] if sys.stdout.isatty() else ["--quiet"])
+    pip = [str(python), "-m", "pip"] + ([] if sys.stdout.isatty() else ["-qq"])
     # --group came with pip 25.1
     if not run(*pip, "install", "--upgrade", "pip>=25.1"):
         fail(
