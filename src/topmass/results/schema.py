@@ -1,0 +1,197 @@
+"""What the columns of `records.parquet` mean; `docs/schemas.md` is generated from this file."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+__all__ = ["AUDIT_METRICS", "SCHEMAS", "SCHEMA_VERSION", "Column", "Schema", "check_rows", "markdown", "schema_of"]
+
+SCHEMA_VERSION = 1
+
+Kind = Literal["str", "int", "float"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """One column of a table of records.
+
+    Attributes:
+        name: Name in the table.
+        kind: Type; `int` is 64 bits, `float` is 64 bits.
+        unit: Unit of a value, empty where there is none.
+        meaning: One sentence.
+        nullable: Whether a row may leave it empty.
+    """
+
+    name: str
+    kind: Kind
+    unit: str
+    meaning: str
+    nullable: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schema:
+    """The table of one kind of run.
+
+    Attributes:
+        columns: In the order in which they are stored.
+        key: Columns that identify one batch of rows; a run resumes after the last complete batch.
+        about: What one row is.
+    """
+
+    columns: tuple[Column, ...]
+    key: tuple[str, ...]
+    about: str
+
+
+def _column(name: str, kind: Kind, unit: str, meaning: str, *, nullable: bool = False) -> Column:
+    return Column(name=name, kind=kind, unit=unit, meaning=meaning, nullable=nullable)
+
+
+_SETTING = (
+    _column("selector", "str", "", "Selector: dense, oracle, pooled, previous_layer, streaming, random, indexer."),
+    _column("budget", "str", "", "Nominal budget: tokens, a fraction, mass:p<=cap, or a plan.", nullable=True),
+    _column("q_block", "int", "tokens", "Queries that share one selection; above 1 the selection is not causal."),
+    _column("kv_block", "int", "tokens", "Keys taken or left together."),
+    _column("share", "str", "", "Heads that share one selection: layer, kv_head, q_head."),
+    _column("pool", "str", "", "How a group's score is made from its tokens: sum or max."),
+    _column("sink", "int", "tokens", "Keys always kept at the start, counted inside the budget."),
+    _column("window", "int", "tokens", "Keys always kept just before the query, itself included."),
+)
+
+_EVAL = Schema(
+    about="One row per sample and configuration.",
+    key=("task", "length", "seed", "haystack", "question_id", "config"),
+    columns=(
+        _column("task", "str", "", "Task name."),
+        _column("length", "int", "tokens", "Nominal prompt length."),
+        _column("haystack", "int", "", "Index of the haystack; questions on one haystack are one cluster."),
+        _column("question_id", "int", "", "Index of the question on its haystack."),
+        _column("seed", "int", "", "Seed of the task generator."),
+        _column("config", "str", "", "Short label of the configuration, such as `oracle b=128 q1 k1 layer`."),
+        *_SETTING,
+        _column("dense_below", "int", "tokens", "Positions up to this length attend densely."),
+        _column("decode", "str", "", "How generated positions attend: dense or sparse."),
+        _column("fingerprint", "str", "", "Hash of the selector's configuration."),
+        _column("status", "str", "", "ok, or infeasible: the budget is below the smallest workable one."),
+        _column("score", "float", "fraction", "Share of the references found in the prediction.", nullable=True),
+        _column("prediction", "str", "", "Generated text.", nullable=True),
+        _column("references", "str", "", "Expected answers, a JSON list."),
+        _column("prompt_tokens", "int", "tokens", "Exact length of the prompt."),
+        _column(
+            "keys_read_mean",
+            "float",
+            "keys/query",
+            "Achieved keys per query, mean over prefill positions and the layers that may be sparse.",
+            nullable=True,
+        ),
+        _column("seconds", "float", "s", "Wall time of prefill and decoding.", nullable=True),
+        _column("support_recall", "float", "fraction", "Share of the answer's tokens in the supports.", nullable=True),
+    ),
+)
+
+_AUDIT = Schema(
+    about="One row per text, layer, setting and metric.",
+    key=("text",),
+    columns=(
+        _column("text", "int", "", "Index of the text; texts are the clusters of every interval."),
+        _column("layer", "int", "", "Layer; -1 is the whole model with every layer sparse."),
+        *_SETTING,
+        _column("q_len", "int", "tokens", "Length of the text."),
+        _column("metric", "str", "", "What `value` is, see below."),
+        _column("value", "float", "", "The value.", nullable=True),
+        _column("unit", "str", "", "Unit of `value`."),
+    ),
+)
+
+SCHEMAS: dict[str, Schema] = {"eval": _EVAL, "audit": _AUDIT}
+
+AUDIT_METRICS: dict[str, tuple[str, str]] = {
+    "retained_mass_mean": ("fraction", "Attention mass on the support, mean over queries."),
+    "retained_mass_p5": ("fraction", "The same, 5th percentile over queries."),
+    "retained_mass_p50": ("fraction", "The same, median over queries."),
+    "kl_head_mean": ("nats", "KL(sparse ‖ dense attention), which is -log of a head's retained mass; mean over heads."),
+    "output_rel_error": ("fraction", "Relative error of the attention output."),
+    "dropped_top_share_count": ("fraction", "Share of each head's own top keys that the selection drops, by count."),
+    "dropped_top_share_mass": ("fraction", "The same, by that head's mass."),
+    "neighbour_overlap_N": ("fraction", "Overlap of the supports of queries N positions apart (N = 2..64)."),
+    "union_growth_N": ("ratio", "Keys in the union over a tile of N queries, over those of one query (N = 2..64)."),
+    "keys_read_mean": ("keys/query", "Achieved keys per query."),
+    "logit_kl": ("nats", "KL between the final logits of the dense and the sparse model, mean over positions."),
+    "top1_agreement": ("fraction", "Positions whose most likely next token is the same."),
+    "ppl_change": ("ratio", "Perplexity of the sparse model over that of the dense one, minus 1."),
+    "plan_budget@M": ("tokens", "Smallest per-query budget of the layer that retains the mass M."),
+}
+
+_TYPES: dict[Kind, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float)}
+
+
+def schema_of(kind: str) -> Schema:
+    """Return the schema of a kind of run.
+
+    Raises:
+        ValueError: `kind` is unknown.
+    """
+    if kind not in SCHEMAS:
+        raise ValueError(f"Unknown kind of run {kind!r}; known: {', '.join(SCHEMAS)}.")
+    return SCHEMAS[kind]
+
+
+def check_rows(kind: str, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows with the columns in order, empty nullable ones filled with `None`.
+
+    Raises:
+        ValueError: A column is unknown, missing or of another type.
+
+    Example:
+        >>> row = {c.name: {"str": "a", "int": 1, "float": 0.5}[c.kind] for c in SCHEMAS["audit"].columns}
+        >>> check_rows("audit", [row])[0]["value"]
+        0.5
+    """
+    schema = schema_of(kind)
+    return [_check_row(schema, kind, row) for row in rows]
+
+
+def _check_row(schema: Schema, kind: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = sorted(set(row) - {c.name for c in schema.columns})
+    if unknown:
+        raise ValueError(f"{kind} records have no column {', '.join(map(repr, unknown))}.")
+    return {c.name: _check_value(c, row.get(c.name)) for c in schema.columns}
+
+
+def _check_value(column: Column, value: Any) -> str | int | float | None:
+    if value is None and column.nullable:
+        return None
+    if isinstance(value, np.generic):
+        value = value.item()
+    if not isinstance(value, _TYPES[column.kind]) or isinstance(value, bool):
+        raise ValueError(f"Column {column.name!r} must be of type {column.kind}, got {value!r}.")
+    if column.kind != "float":
+        return value
+    number = float(value)
+    return None if column.nullable and math.isnan(number) else number
+
+
+def markdown() -> str:
+    """Return the text of `docs/schemas.md`."""
+    parts = [
+        "# Record schemas",
+        f"Schema version {SCHEMA_VERSION}. Generated from `topmass.results.schema`; do not edit.",
+        "A run is a directory with `manifest.json` (what ran, on what, with which configuration) and `records.parquet`.",
+        "Records are tidy: aggregates are always recomputed from them.",
+    ]
+    for kind, schema in SCHEMAS.items():
+        rows = [
+            f"| `{c.name}` | {c.kind}{', may be empty' if c.nullable else ''} | {c.unit} | {c.meaning} |"
+            for c in schema.columns
+        ]
+        key = ", ".join(f"`{name}`" for name in schema.key)
+        head = f"{schema.about} An interrupted run resumes by {key}."
+        parts += [f"## {kind}", head, "\n".join(["| column | type | unit | meaning |", "|---|---|---|---|", *rows])]
+    metrics = [f"| `{name}` | {unit} | {meaning} |" for name, (unit, meaning) in AUDIT_METRICS.items()]
+    parts += ["### Metrics of an audit", "\n".join(["| metric | unit | meaning |", "|---|---|---|", *metrics])]
+    return "\n\n".join(parts) + "\n"
