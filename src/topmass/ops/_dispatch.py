@@ -1,0 +1,69 @@
+"""Kernel backends of an op: registration, choice, and the reason for each refusal."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from topmass.errors import BackendUnavailableError
+
+__all__ = ["KernelBackend", "available", "ops", "register", "resolve"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelBackend:
+    """One implementation of one op.
+
+    Attributes:
+        name: What users pass as `backend=`.
+        fn: The implementation; same signature as the reference of the op.
+        why_not: Returns `None` if the call can run, else the reason in one sentence.
+        priority: Higher is tried first under `backend="auto"`.
+    """
+
+    name: str
+    fn: Callable[..., Any]
+    why_not: Callable[..., str | None] = lambda *args, **kwargs: None
+    priority: int = 0
+
+
+_BACKENDS: dict[str, dict[str, KernelBackend]] = {}
+
+
+def register(op: str, backend: KernelBackend) -> None:
+    """Add `backend` to `op`; registering a name twice is an error."""
+    table = _BACKENDS.setdefault(op, {})
+    if backend.name in table:
+        raise ValueError(f"Kernel backend {backend.name!r} of op {op!r} is already registered.")
+    table[backend.name] = backend
+
+
+def ops() -> tuple[str, ...]:
+    """Names of the ops that have backends."""
+    return tuple(_BACKENDS)
+
+
+def available(op: str) -> tuple[str, ...]:
+    """Names of the backends of `op`, in the order `"auto"` tries them."""
+    return tuple(b.name for b in sorted(_BACKENDS[op].values(), key=lambda b: -b.priority))
+
+
+def resolve(op: str, name: str, /, *args: Any, **kwargs: Any) -> KernelBackend:
+    """Return the backend that will run this call.
+
+    An explicit name never falls back: a silent slow path would be timed as if it were the fast one.
+
+    Raises:
+        BackendUnavailableError: `name` cannot run the call, or `"auto"` found no backend that can.
+    """
+    reasons = []
+    for candidate in available(op) if name == "auto" else (name,):
+        backend = _BACKENDS[op].get(candidate)
+        if backend is None:
+            raise BackendUnavailableError(
+                f"Unknown backend {candidate!r} of {op!r}; known: {', '.join(available(op))}."
+            )
+        reason = backend.why_not(*args, **kwargs)
+        if reason is None:
+            return backend
+        reasons.append(f"{candidate} {reason}")
+    raise BackendUnavailableError(f"No backend of {op!r} can run this call: {' '.join(reasons)}")

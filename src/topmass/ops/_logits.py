@@ -1,0 +1,71 @@
+"""Attention logits and the two products around the softmax, shared by the plain PyTorch references.
+
+Half-precision inputs give float32 logits: the products of two halves are exact in float32, so only the order of the
+sum differs between devices. Float64 inputs stay float64 throughout.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["causal_logits", "log_normaliser", "rows_that_fit", "weighted_values"]
+
+WORKSPACE_BYTES = 256 * 2**20
+
+
+def rows_that_fit(batch: int, heads: int, kv_len: int, dtype: torch.dtype, *, multiple: int = 1) -> int:
+    """Query rows whose `[batch, heads, rows, kv_len]` logits fit the workspace; at least `multiple`, a multiple of it."""
+    row_bytes = batch * heads * max(kv_len, 1) * (8 if dtype == torch.float64 else 4)
+    return max(WORKSPACE_BYTES // row_bytes // multiple, 1) * multiple
+
+
+def causal_logits(
+    q: Float[Tensor, "batch q_len q_heads head_dim"],
+    k: Float[Tensor, "batch kv_len kv_heads head_dim"],
+    *,
+    scale: float,
+    q_start: int,
+    softcap: float | None = None,
+) -> Float[Tensor, "batch q_heads q_len kv_len"]:
+    """Scaled (and soft-capped) logits of queries at positions `q_start ...`; future keys hold -inf."""
+    b, q_len, h, d = q.shape
+    kv_len, hk = k.shape[1:3]
+    # [b * hk, group * q_len, d]
+    q = q.reshape(b, q_len, hk, h // hk, d).permute(0, 2, 3, 1, 4).reshape(b * hk, -1, d)
+    k = k.permute(0, 2, 3, 1).reshape(b * hk, d, kv_len)
+    logits = _bmm(q, k).view(b, h, q_len, kv_len).mul_(scale)
+    if softcap is not None:
+        logits = logits.div_(softcap).tanh_().mul_(softcap)
+    if kv_len > q_start + 1:
+        key = torch.arange(q_start, kv_len, device=q.device)
+        t = torch.arange(q_start, q_start + q_len, device=q.device)
+        logits[..., q_start:].masked_fill_(key > t[:, None], float("-inf"))
+    return logits
+
+
+def log_normaliser(
+    logits: Float[Tensor, "batch q_heads q_len kv_len"], sinks: Float[Tensor, " q_heads"] | None = None
+) -> Float[Tensor, "batch q_heads q_len"]:
+    """Log-sum-exp over keys, and over the head's learned sink if it has one."""
+    lse = logits.logsumexp(-1)
+    return lse if sinks is None else torch.logaddexp(lse, sinks.to(lse)[:, None].expand_as(lse))
+
+
+def weighted_values(
+    p: Float[Tensor, "batch q_heads q_len kv_len"], v: Float[Tensor, "batch kv_len kv_heads v_dim"]
+) -> Float[Tensor, "batch q_len q_heads v_dim"]:
+    """Probabilities times values, accumulated in the dtype of `p` (of `v` on CUDA, as fused kernels do)."""
+    b, h, q_len, kv_len = p.shape
+    hk, dv = v.shape[2:]
+    p = p.reshape(b * hk, h // hk * q_len, kv_len)
+    v = v.permute(0, 2, 1, 3).reshape(b * hk, kv_len, dv)
+    out = _bmm(p.to(v.dtype), v) if p.is_cuda else torch.bmm(p, v.to(p.dtype))
+    return out.view(b, h, q_len, dv).transpose(1, 2)
+
+
+def _bmm(a: Tensor, b: Tensor) -> Tensor:
+    if a.dtype in (torch.float32, torch.float64):
+        return torch.bmm(a, b)
+    if a.is_cuda:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a.float(), b.float())

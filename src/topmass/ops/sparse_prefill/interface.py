@@ -1,0 +1,78 @@
+"""Public entry point of the op: checks, picks a backend, calls it."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from topmass.core.support import Support
+from topmass.errors import ConfigError
+from topmass.ops import _dispatch
+from topmass.ops.sparse_prefill.reference import sparse_prefill_reference
+
+__all__ = ["resolve_backend", "sparse_prefill"]
+
+_dispatch.register("sparse_prefill", _dispatch.KernelBackend(name="reference", fn=sparse_prefill_reference))
+
+
+def sparse_prefill(
+    q: Float[Tensor, "batch q_len q_heads head_dim"],
+    k: Float[Tensor, "batch kv_len kv_heads head_dim"],
+    v: Float[Tensor, "batch kv_len kv_heads v_dim"],
+    support: Support,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Float[Tensor, " q_heads"] | None = None,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "batch q_len q_heads v_dim"], Float[Tensor, "batch q_len q_heads"]]:
+    """Softmax attention of every query over exactly the keys of its support, renormalised.
+
+    Keys are positions `0 ... kv_len - 1`; the support says at which position the queries start.
+
+    Args:
+        scale: Multiplies the logits. `None` means `head_dim ** -0.5`.
+        softcap: Logits become `softcap * tanh(logits / softcap)`. `None` leaves them.
+        sinks: One learned sink logit per query head; it is always kept and holds its mass.
+        backend: `"auto"`, or the name of a backend; a name never falls back.
+
+    Returns:
+        The output in the dtype of `q`, and the natural-log normaliser (float32, or float64 for float64 inputs). A query
+        without any key has output 0 and normaliser -inf.
+
+    Raises:
+        ConfigError: Shapes of queries, keys and support do not fit together.
+        BackendUnavailableError: No backend can run this call.
+
+    Example:
+        >>> import torch, topmass
+        >>> q, k = torch.randn(1, 6, 4, 8), torch.randn(1, 6, 2, 8)
+        >>> selector = topmass.StreamingSelector(sink=1, window=2)
+        >>> support = selector.select(topmass.selection.AttentionInputs(q=q, k=k))
+        >>> sparse_prefill(q, k, k, support)[0].shape
+        torch.Size([1, 6, 4, 8])
+    """
+    kwargs = _checked(q, k, support, scale, softcap, sinks)
+    return resolve_backend(backend, q, k, v, support, **kwargs).fn(q, k, v, support, **kwargs)
+
+
+def resolve_backend(backend: str, *args: object, **kwargs: object) -> _dispatch.KernelBackend:
+    """The backend that would run a call, for receipts."""
+    return _dispatch.resolve("sparse_prefill", backend, *args, **kwargs)
+
+
+def _checked(q: Tensor, k: Tensor, support: Support, scale: float | None, softcap: float | None, sinks: Tensor | None):
+    h, hk = q.shape[2], k.shape[2]
+    if h % hk:
+        raise ConfigError(f"q_heads must be a multiple of kv_heads, got {h} and {hk}.")
+    if support.q_len != q.shape[1] or support.groups.shape[0] != q.shape[0]:
+        raise ConfigError(
+            f"The support covers {support.groups.shape[0]} x {support.q_len} queries, but q has {q.shape[0]} x {q.shape[1]}."
+        )
+    if support.groups.shape[1] != (expected := support.granularity.share_heads(h, hk)):
+        raise ConfigError(
+            f"share={support.granularity.share!r} needs {expected} selections, the support has {support.groups.shape[1]}."
+        )
+    if support.q_start + support.q_len > k.shape[1]:
+        raise ConfigError(
+            f"The support reaches position {support.q_start + support.q_len - 1}, past the {k.shape[1]} keys given."
+        )
+    return {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "softcap": softcap, "sinks": sinks}

@@ -1,0 +1,24 @@
+"""Selectors: anything that says which keys each query reads."""
+
+from topmass.selection.base import AttentionInputs, Selector
+from topmass.selection.baselines import (
+    DenseSelector,
+    ExternalSelector,
+    PooledSelector,
+    PreviousLayerSelector,
+    RandomSelector,
+    StreamingSelector,
+)
+from topmass.selection.oracle import OracleSelector
+
+__all__ = [
+    "AttentionInputs",
+    "DenseSelector",
+    "ExternalSelector",
+    "OracleSelector",
+    "PooledSelector",
+    "PreviousLayerSelector",
+    "RandomSelector",
+    "Selector",
+    "StreamingSelector",
+]
