@@ -168,12 +168,11 @@ def _check_value(column: Column, value: Any) -> str | int | float | None:
         return None
     if isinstance(value, np.generic):
         value = value.item()
-    if not isinstance(value, _TYPES[column.kind]) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, _TYPES[column.kind]):
         raise ValueError(f"Column {column.name!r} must be of type {column.kind}, got {value!r}.")
-    if column.kind != "float":
-        return value
-    number = float(value)
-    return None if column.nullable and math.isnan(number) else number
+    if column.kind == "float" and isinstance(value, (int, float)):
+        return None if column.nullable and math.isnan(value) else float(value)
+    return value
 
 
 def markdown() -> str:

@@ -148,7 +148,9 @@ def macro_mean(
     bound = "all equal" if bounds is None else "Wilson bound"
     low = high = 0.0
     if vary:
-        draws = sum(_draws(*tables[i], resamples=resamples, seed=seed + i) - means[i] for i in vary) / len(tables)
+        draws = sum(_draws(*tables[i], resamples=resamples, seed=seed, stratum=i) - means[i] for i in vary) / len(
+            tables
+        )
         low, high = (float(x) for x in np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]))
     if agree:
         below, above = _agreement_bound([(means[i], tables[i][0].size) for i in agree], bounds, level)
@@ -184,7 +186,7 @@ def _cluster_table(values: Floats, clusters: Sequence[Hashable]) -> tuple[Floats
     return np.bincount(ids, weights=values).astype(np.float64), np.bincount(ids).astype(np.float64)
 
 
-def _draws(sums: Floats, counts: Floats, *, resamples: int, seed: int) -> Floats:
+def _draws(sums: Floats, counts: Floats, *, resamples: int, seed: int, stratum: int) -> Floats:
     """Bootstrap means, widened about the mean of the sample."""
     n = sums.size
     point = sums.sum() / counts.sum()
@@ -195,10 +197,12 @@ def _draws(sums: Floats, counts: Floats, *, resamples: int, seed: int) -> Floats
         rng = np.random.default_rng(seed)
         weights = (_multinomial(rng, n, min(rows, resamples - i)) for i in range(0, resamples, rows))
     draws = np.concatenate([w @ sums / (w @ counts) for w in weights])
+    if stratum:  # strata share the cached weights, shuffled, so that they vary independently
+        np.random.default_rng((seed, stratum)).shuffle(draws)
     return point + (draws - point) * np.sqrt(n / (n - 1))
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=4)
 def _weights(n: int, resamples: int, seed: int) -> Floats:
     """A report asks for the same few sizes again and again."""
     return _multinomial(np.random.default_rng(seed), n, resamples)
