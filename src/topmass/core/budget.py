@@ -3,7 +3,6 @@
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Union
 
 from topmass.errors import ConfigError
 
@@ -77,4 +76,4 @@ class Budget:
         return str(self.tokens)
 
 
-BudgetLike = Union[int, str, Budget]
+BudgetLike = int | str | Budget

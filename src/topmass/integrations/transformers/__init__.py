@@ -1,0 +1,1 @@
+"""topmass on unmodified transformers models."""

@@ -1,0 +1,232 @@
+"""Redirects the full-attention layers of one model to a function of ours, and puts everything back.
+
+transformers looks the attention function and the mask function up by the name in the configuration. A session sets that
+name to `topmass`; layers that it does not cover are handed on to the function the model had before, with the mask that
+function expects. Covered layers get the two-dimensional padding mask, so that nothing is ever `N x N`.
+"""
+
+import sys
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Protocol
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from topmass.errors import ConfigError, DataError, UnsupportedModelError
+from topmass.integrations.transformers.families import find_layers
+
+__all__ = ["Attend", "LayerCall", "Session"]
+
+NAME = "topmass"
+
+# keyed by identity: modules and configurations are alive while their session is
+_BY_MODULE: dict[int, "Session"] = {}
+_BY_CONFIG: dict[int, "Session"] = {}
+
+
+class LayerCall:
+    """One call of one full-attention layer for sequences of equal length without padding.
+
+    Attributes:
+        layer: Layer index.
+        q, k, v: `[batch, len, heads, dim]`, after norm and RoPE; queries are the last `q_len` positions.
+        scale, softcap, sinks: As the model uses them.
+        decode: True for a single query after a non-empty cache.
+        sample: Row of the padded batch, or `None` if the whole batch is here.
+    """
+
+    __slots__ = ("decode", "k", "layer", "q", "sample", "scale", "sinks", "softcap", "v")
+
+    def __init__(
+        self,
+        *,
+        layer: int,
+        q: Float[Tensor, "batch q_len q_heads head_dim"],
+        k: Float[Tensor, "batch kv_len kv_heads head_dim"],
+        v: Float[Tensor, "batch kv_len kv_heads v_dim"],
+        scale: float,
+        softcap: float | None,
+        sinks: Float[Tensor, " q_heads"] | None,
+        decode: bool,
+        sample: int | None,
+    ) -> None:
+        self.layer, self.q, self.k, self.v = layer, q, k, v
+        self.scale, self.softcap, self.sinks, self.decode, self.sample = scale, softcap, sinks, decode, sample
+
+    @property
+    def q_start(self) -> int:
+        """Position of the first query."""
+        return self.k.shape[1] - self.q.shape[1]
+
+
+class Attend(Protocol):
+    """What a session calls: attention of one layer call, and the start of each forward."""
+
+    def __call__(self, call: LayerCall) -> Float[Tensor, "batch q_len q_heads v_dim"]:
+        """Attention output for `call`."""
+        ...
+
+    def begin_forward(self) -> None:
+        """A new forward of the model starts."""
+        ...
+
+
+class Session:
+    """Context manager: `attend` computes the full-attention layers of `model`."""
+
+    def __init__(self, model: nn.Module, attend: Attend) -> None:
+        self.decoder, self.layers = find_layers(model)
+        self.attend = attend
+        self._layer_of = {id(m): i for i, m in self.layers.items()}
+        self._configs: list[Any] = list({id(m.config): m.config for m in self.layers.values()}.values())
+        self._original: list[str] = []
+        self._hook: Any = None
+
+    def __enter__(self) -> "Session":
+        if any(id(c) in _BY_CONFIG for c in self._configs):
+            raise ConfigError("This model is already inside topmass.sparsify or an audit; leave that block first.")
+        if not _BY_CONFIG:
+            ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
+            ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
+        self._original = [c._attn_implementation for c in self._configs]
+        for config in self._configs:
+            config._attn_implementation = NAME
+            _BY_CONFIG[id(config)] = self
+        for module in self.layers.values():
+            _BY_MODULE[id(module)] = self
+        self._hook = self.decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hook.remove()
+        for module in self.layers.values():
+            _BY_MODULE.pop(id(module), None)
+        for config, original in zip(self._configs, self._original, strict=True):
+            config._attn_implementation = original
+            _BY_CONFIG.pop(id(config), None)
+        if not _BY_CONFIG:
+            type(ALL_ATTENTION_FUNCTIONS)._global_mapping.pop(NAME, None)
+            type(ALL_MASK_ATTENTION_FUNCTIONS)._global_mapping.pop(NAME, None)
+
+    def original(self, config: Any) -> str:
+        """Attention implementation that `config` named before this session."""
+        return next(o for c, o in zip(self._configs, self._original, strict=True) if c is config)
+
+    def _before_forward(self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        given = ids if ids is not None else kwargs.get("inputs_embeds")
+        if given is not None and given.shape[1] == 0:
+            raise DataError("The prompt is empty; give at least one token.")
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 4:
+            raise UnsupportedModelError(_NOT_CAUSAL)
+        cache = kwargs.get("past_key_values")
+        for layer in self.layers if cache is not None else ():
+            _check_cache_layer(cache, layer)
+        self.attend.begin_forward()
+
+    def run(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "batch kv_len"] | None, **settings: Any
+    ) -> Tensor:
+        """Call `attend`, per sequence where the batch is padded: padding is never a key and never counts as a position."""
+        decode = q.shape[1] == 1 and k.shape[1] > 1
+        if mask is None:
+            return self.attend(LayerCall(layer=layer, q=q, k=k, v=v, decode=decode, sample=None, **settings))
+        out = q.new_zeros(*q.shape[:3], v.shape[-1])
+        for i, real in enumerate(mask):
+            rows = real[-q.shape[1] :]
+            if not bool(rows.any()):
+                continue
+            one = {"q": q[i, rows][None], "k": k[i, real][None], "v": v[i, real][None]}
+            out[i, rows] = self.attend(LayerCall(layer=layer, **one, decode=decode, sample=i, **settings))[0]
+        return out
+
+
+_NOT_CAUSAL = (
+    "Full-attention layers received a mask that is not causal plus padding (packed sequences, a custom 4-D mask, or image "
+    "tokens that see each other); run the sequences one by one, or as a padded batch with a 2-D attention_mask."
+)
+
+
+def _attention(
+    module: nn.Module,
+    query: Float[Tensor, "batch q_heads q_len head_dim"],
+    key: Float[Tensor, "batch kv_heads kv_len head_dim"],
+    value: Float[Tensor, "batch kv_heads kv_len v_dim"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Float[Tensor, " q_heads"] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    session = _BY_MODULE.get(id(module))
+    if session is None:
+        return _hand_on(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, kwargs)
+    if dropout:
+        raise UnsupportedModelError("Attention dropout is on; call model.eval() before topmass.")
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise UnsupportedModelError(_NOT_CAUSAL)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    settings = {"scale": scale, "softcap": softcap, "sinks": s_aux}
+    return session.run(session._layer_of[id(module)], q, k, v, attention_mask, **settings), None
+
+
+def _hand_on(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    s_aux: Tensor | None,
+    kwargs: dict[str, Any],
+) -> Any:
+    # a layer of the same model that topmass leaves alone (sliding window, for example)
+    session = _BY_CONFIG[id(module.config)]
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    original: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(session.original(module.config), eager)  # pyright: ignore
+    extra = {k: v for k, v in (("softcap", softcap), ("s_aux", s_aux)) if v is not None}
+    return original(module, query, key, value, mask, scaling=scaling, dropout=dropout, **extra, **kwargs)
+
+
+def _mask(
+    *,
+    kv_length: int,
+    mask_function: Callable[..., Any],
+    attention_mask: Tensor | None = None,
+    config: Any = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    if mask_function is not causal_mask_function:
+        original = _BY_CONFIG[id(config)].original(config)
+        build = ALL_MASK_ATTENTION_FUNCTIONS[original]
+        return build(
+            kv_length=kv_length, mask_function=mask_function, attention_mask=attention_mask, config=config, **kwargs
+        )
+    if attention_mask is None:
+        return None
+    real = attention_mask[:, :kv_length].bool()
+    return None if bool(real.all()) else real
+
+
+def _check_cache_layer(cache: Any, layer: int) -> None:
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        raise UnsupportedModelError(f"A cache of type {type(cache).__name__} is not supported; use DynamicCache.")
+    # a cache grows its layers as they are written
+    if layer < len(layers) and type(layers[layer]) not in (DynamicLayer, LinearAttentionAndFullAttentionLayer):
+        raise UnsupportedModelError(
+            f"Layer {layer} is cached in {type(layers[layer]).__name__}; topmass reads exact keys from DynamicCache only "
+            "(not static, quantised or offloaded caches)."
+        )

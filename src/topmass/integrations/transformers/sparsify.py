@@ -1,0 +1,280 @@
+"""`sparsify`: run an unmodified transformers model with sparse prefill, and say what really ran."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from topmass.core.rule import SupportRule
+from topmass.core.support import Support
+from topmass.errors import ConfigError
+from topmass.integrations.transformers._session import LayerCall, Session
+from topmass.ops._logits import rows_that_fit
+from topmass.ops.dense_prefill import dense_prefill
+from topmass.ops.sparse_prefill import sparse_prefill
+from topmass.ops.sparse_prefill.interface import resolve_backend
+from topmass.selection.base import AttentionInputs, Selector
+
+__all__ = ["Decode", "LayerReceipt", "Receipt", "Run", "sparsify"]
+
+Decode = Literal["dense", "sparse"]
+
+
+@dataclass(slots=True, kw_only=True)
+class LayerReceipt:
+    """What one full-attention layer did since the block began.
+
+    Attributes:
+        layer: Layer index.
+        backends: Kernel backends that ran, with the number of calls.
+        sparse_queries: Queries that read a support.
+        dense_queries: Prompt queries that read every key, by reason.
+        decode_queries: Generated queries, which read every key unless `decode="sparse"`.
+    """
+
+    layer: int
+    backends: dict[str, int] = field(default_factory=dict)
+    sparse_queries: int = 0
+    dense_queries: dict[str, int] = field(default_factory=dict)
+    decode_queries: int = 0
+    _keys: Any = 0.0
+
+    @property
+    def mode(self) -> str:
+        """`"sparse"` if any query read a support, `"dense"` if none did, `"unused"` if the layer never ran."""
+        if self.sparse_queries:
+            return "sparse"
+        return "dense" if self.dense_queries or self.decode_queries else "unused"
+
+    @property
+    def backend(self) -> str:
+        """Names of the backends that ran."""
+        return "+".join(self.backends) or "none"
+
+    @property
+    def reason(self) -> str:
+        """Why queries ran dense; empty if none did."""
+        return "; ".join(f"{count} queries: {reason}" for reason, count in self.dense_queries.items())
+
+    @property
+    def keys_read_mean(self) -> float:
+        """Keys read per prompt query (generated ones only count with `decode="sparse"`)."""
+        queries = self.sparse_queries + sum(self.dense_queries.values())
+        return float(self._keys) / queries if queries else float("nan")
+
+    def count(
+        self, backend: str, *, sparse: int = 0, dense: int = 0, decode: int = 0, reason: str = "", keys: Any = 0.0
+    ) -> None:
+        """Add one call."""
+        self.backends[backend] = self.backends.get(backend, 0) + 1
+        self.sparse_queries += sparse
+        self.decode_queries += decode
+        if dense:
+            self.dense_queries[reason] = self.dense_queries.get(reason, 0) + dense
+        self._keys = self._keys + keys
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What really ran, by layer index."""
+
+    layers: Mapping[int, LayerReceipt]
+
+    @property
+    def keys_read_mean(self) -> float:
+        """Keys read per prompt query, averaged over the full-attention layers."""
+        means = [layer.keys_read_mean for layer in self.layers.values()]
+        return sum(means) / len(means)
+
+    def __str__(self) -> str:
+        rows = [
+            f"layer {r.layer}: {r.mode}, {r.backend}, {r.keys_read_mean:.1f} keys/query{', ' + r.reason if r.reason else ''}"
+            for r in self.layers.values()
+        ]
+        return "\n".join(rows)
+
+
+class Run:
+    """Handle of a `sparsify` block.
+
+    Attributes:
+        receipt: What each full-attention layer did.
+    """
+
+    def __init__(self, selector: Selector, *, backend: str, decode: Decode, record_support: bool) -> None:
+        self.selector, self.backend, self.decode, self.record_support = selector, backend, decode, record_support
+        self.receipt = Receipt({})
+        self._parts: dict[int, dict[int | None, list[Support]]] = {}
+        self._carry: dict[tuple[int | None, int], dict[str, Any]] = {}
+
+    @property
+    def supports(self) -> dict[int, Support | list[Support]]:
+        """Recorded supports by layer, the chunks of a prompt joined; for a padded batch one support per sequence.
+
+        Raises:
+            ConfigError: `record_support` is off, or chunks met inside a query block.
+        """
+        if not self.record_support:
+            raise ConfigError("Supports were not recorded; pass record_support=True to sparsify.")
+        joined = {}
+        for layer, samples in self._parts.items():
+            each = [Support.cat(samples[i]) for i in sorted(samples, key=lambda i: -1 if i is None else i)]
+            joined[layer] = each[0] if None in samples else each
+        return joined
+
+    def clear(self) -> None:
+        """Forget receipts and supports, before another prompt."""
+        for layer in self.receipt.layers:
+            self.receipt.layers[layer].__init__(layer=layer)  # type: ignore[misc]
+        self._parts.clear()
+
+    def begin_forward(self) -> None:
+        """A new forward of the model starts."""
+        self._carry.clear()
+
+    def __call__(self, call: LayerCall) -> Float[Tensor, "batch q_len q_heads v_dim"]:
+        """Attention of one layer call."""
+        receipt = self.receipt.layers[call.layer]
+        queries = call.q.shape[0] * call.q.shape[1]
+        if call.decode and self.decode == "dense":
+            receipt.count("dense", decode=queries)
+            return _dense(call)
+        selector = self.selector.per_query() if call.decode else self.selector
+        rule = selector.rule(call.layer)
+        if rule is None:
+            receipt.count("dense", dense=queries, reason="kept dense by the selector", keys=_causal_keys(call))
+            return _dense(call)
+        parts = [self._chunk(call, selector, rule, lo, hi) for lo, hi in _chunks(call, rule)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _chunk(self, call: LayerCall, selector: Selector, rule: SupportRule, lo: int, hi: int) -> Tensor:
+        stop = call.q_start + hi
+        part = LayerCall(
+            layer=call.layer,
+            q=call.q[:, lo:hi],
+            k=call.k[:, :stop],
+            v=call.v[:, :stop],
+            scale=call.scale,
+            softcap=call.softcap,
+            sinks=call.sinks,
+            decode=call.decode,
+            sample=call.sample,
+        )
+        receipt = self.receipt.layers[call.layer]
+        starts = rule.block_starts(part.q_start, hi - lo)
+        if int(rule.dense_len(starts).min()) >= stop and not self.record_support:
+            receipt.count("dense", dense=part.q.shape[0] * (hi - lo), reason=_within(rule), keys=_causal_keys(part))
+            return _dense(part)
+        support = selector.select(
+            AttentionInputs(
+                q=part.q,
+                k=part.k,
+                layer=call.layer,
+                scale=call.scale,
+                softcap=call.softcap,
+                sinks=call.sinks,
+                carry=self._carry.setdefault((call.sample, part.q_start), {}),
+            )
+        )
+        if self.record_support:
+            self._parts.setdefault(call.layer, {}).setdefault(call.sample, []).append(support)
+        settings = {"scale": call.scale, "softcap": call.softcap, "sinks": call.sinks}
+        backend = resolve_backend(self.backend, part.q, part.k, part.v, support, **settings)
+        out, _ = sparse_prefill(part.q, part.k, part.v, support, **settings, backend=backend.name)
+        keys = support.keys_read()
+        sparse = _count_sparse(rule, part.q_start, hi - lo) * part.q.shape[0]
+        dense = part.q.shape[0] * (hi - lo) - sparse
+        receipt.count(
+            backend.name, sparse=sparse, dense=dense, reason=_within(rule), keys=keys.double().sum() / keys.shape[1]
+        )
+        return out
+
+
+@contextmanager
+def sparsify(
+    model: nn.Module,
+    selector: Selector,
+    *,
+    backend: str = "auto",
+    decode: Decode = "dense",
+    record_support: bool = False,
+) -> Iterator[Run]:
+    """Run the full-attention layers of `model` over the keys that `selector` chooses.
+
+    Works on any supported transformers causal language model, also through `generate` and in any chunking of the
+    prompt. Linear and sliding-window layers are left alone. The model is restored when the block ends, also after an
+    exception.
+
+    Args:
+        model: A model from `AutoModelForCausalLM`, or a wrapper around one; in eval mode.
+        selector: Chooses the keys of every query.
+        backend: Kernel backend of the sparse attention: `"auto"`, or a name, which never falls back.
+        decode: Whether generated positions read all keys or a support of their own. A call with one query after a
+            non-empty cache counts as generated.
+        record_support: Keep every support, for `run.supports`.
+
+    Yields:
+        A `Run` with `receipt` and `supports`.
+
+    Raises:
+        UnsupportedModelError: The model, its cache or its mask is one that topmass cannot replace exactly.
+        ConfigError: A setting is wrong, or the model is already inside such a block.
+
+    Example:
+        >>> import torch, topmass
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> model = LlamaForCausalLM(config).eval()
+        >>> with topmass.sparsify(model, topmass.OracleSelector(budget=8)) as run:
+        ...     _ = model(torch.arange(32)[None])
+        >>> run.receipt.layers[0].mode, run.receipt.layers[0].keys_read_mean
+        ('sparse', 7.125)
+    """
+    if decode not in get_args(Decode):
+        raise ConfigError(f"decode must be 'dense' or 'sparse', got {decode!r}.")
+    if not isinstance(selector, Selector):
+        raise ConfigError(
+            f"selector must be a topmass selector such as OracleSelector(budget=2048), got {type(selector).__name__}."
+        )
+    run = Run(selector, backend=backend, decode=decode, record_support=record_support)
+    with Session(model, run) as session:
+        run.receipt = Receipt({i: LayerReceipt(layer=i) for i in sorted(session.layers)})
+        yield run
+
+
+def _chunks(call: LayerCall, rule: SupportRule) -> Iterator[tuple[int, int]]:
+    # boundaries at absolute positions, so that one query block is never split
+    q_len, start = call.q.shape[1], call.q_start
+    step = rows_that_fit(
+        call.q.shape[0], call.q.shape[2], call.k.shape[1], call.q.dtype, multiple=rule.granularity.q_block
+    )
+    lo = 0
+    while lo < q_len:
+        hi = min((start + lo) // step * step + step - start, q_len)
+        yield lo, hi
+        lo = hi
+
+
+def _dense(call: LayerCall) -> Tensor:
+    return dense_prefill(call.q, call.k, call.v, scale=call.scale, softcap=call.softcap, sinks=call.sinks)
+
+
+def _causal_keys(call: LayerCall) -> int:
+    first, last = call.q_start + 1, call.k.shape[1]
+    return call.q.shape[0] * (first + last) * (last - first + 1) // 2
+
+
+def _count_sparse(rule: SupportRule, q_start: int, q_len: int) -> int:
+    t = torch.arange(q_start, q_start + q_len)
+    starts = t // rule.granularity.q_block * rule.granularity.q_block
+    return int((t + 1 > rule.dense_len(starts)).sum())
+
+
+def _within(rule: SupportRule) -> str:
+    return "within the budget" if rule.dense_below == 0 else f"within the budget or dense_below={rule.dense_below}"
