@@ -27,7 +27,7 @@ test: lint ## lint, check types and run the tests (PYTEST_ARGS="..." to choose)
 lint: setup-test ## ruff, import-linter and basedpyright
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/lint-imports
+	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 format: setup-test ## rewrite the sources as ruff wants them
