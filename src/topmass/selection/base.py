@@ -10,11 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from topmass.core.budget import Budget, BudgetLike
-from topmass.core.granularity import Granularity
+from topmass.core.granularity import Granularity, Share
 from topmass.core.plan import Plan
 from topmass.core.rule import SupportRule
 from topmass.core.support import Support
 from topmass.errors import ConfigError
+from topmass.ops.attention_mass import attention_mass
+from topmass.ops.attention_mass.reference import average_heads
 from topmass.ops.topk_support import topk_support
 from topmass.ops.topk_support.interface import Pool
 
@@ -33,6 +35,7 @@ class AttentionInputs:
         q_start: Position of the first query. `None` means the queries are the last ones.
         softcap: Soft-cap of the logits, if the model has one.
         sinks: Learned sink logit per query head, if the model has them.
+        p: Attention probabilities of every head, if somebody computed them already.
         carry: Scratch that a selector may use to pass something to the next full-attention layer of the same forward.
     """
 
@@ -43,6 +46,7 @@ class AttentionInputs:
     q_start: int | None = None
     softcap: float | None = None
     sinks: Float[Tensor, " q_heads"] | None = None
+    p: Float[Tensor, "batch q_heads q_len kv_len"] | None = None
     carry: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -54,6 +58,20 @@ class AttentionInputs:
     def logit_scale(self) -> float:
         """What multiplies the logits."""
         return self.q.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+    def mass(self, share: Share) -> Float[Tensor, "batch share_heads q_len kv_len"]:
+        """Attention mass of the dense attention, averaged over the heads that share a selection."""
+        if self.p is not None:
+            return average_heads(self.p, share=share, kv_heads=self.k.shape[2])
+        return attention_mass(
+            self.q,
+            self.k,
+            scale=self.logit_scale,
+            q_start=self.start,
+            softcap=self.softcap,
+            sinks=self.sinks,
+            share=share,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from topmass.core.rule import SupportRule
 from topmass.errors import DataError
-from topmass.ops.attention_mass import attention_mass
 from topmass.ops.topk_support import pool_scores
 from topmass.selection.base import AttentionInputs, RankedSelector
 
@@ -34,15 +33,7 @@ class OracleSelector(RankedSelector):
     ) -> tuple[
         Float[Tensor, "batch share_heads q_blocks groups"], Float[Tensor, "batch share_heads q_blocks groups"] | None
     ]:
-        mass = attention_mass(
-            inputs.q,
-            inputs.k,
-            scale=inputs.logit_scale,
-            q_start=inputs.start,
-            softcap=inputs.softcap,
-            sinks=inputs.sinks,
-            share=self.granularity.share,
-        )
+        mass = inputs.mass(self.granularity.share)
         check_mass(mass, layer=inputs.layer, has_sinks=inputs.sinks is not None)
         scores = pool_scores(mass, rule=rule, q_start=inputs.start, pool=self.pool)
         if rule.budget is None or rule.budget.mass is None:

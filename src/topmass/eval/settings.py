@@ -1,0 +1,81 @@
+"""Selectors as the columns of result records, and grids of them."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from topmass.core.granularity import Granularity, Share
+from topmass.errors import ConfigError
+from topmass.selection import DenseSelector, OracleSelector, Selector
+
+__all__ = ["Infeasible", "columns", "label", "oracle_grid"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Infeasible:
+    """A cell of a grid whose budget cannot hold sink, window and one key group.
+
+    Attributes:
+        settings: What the selector's `config()` would have been.
+        reason: Why it cannot be.
+    """
+
+    settings: Mapping[str, Any]
+    reason: str
+
+
+def columns(selector: Selector | Infeasible) -> dict[str, Any]:
+    """The setting columns of a record."""
+    config = dict(selector.settings if isinstance(selector, Infeasible) else selector.config())
+    window = config.get("window", 1)
+    if config["selector"] == "streaming":
+        config["budget"] = str(config["sink"] + window)
+    return {
+        "selector": config["selector"],
+        "budget": config.get("budget"),
+        "q_block": config.get("q_block", 1),
+        "kv_block": config.get("kv_block", 1),
+        "share": config.get("share", "layer"),
+        "pool": config.get("pool", "sum"),
+        "sink": config.get("sink", 0),
+        "window": window,
+    }
+
+
+def label(selector: Selector | Infeasible) -> str:
+    """A short name such as `oracle b=128 q1 k1 layer`, unique within one evaluation's usual settings."""
+    c = columns(selector)
+    if c["selector"] == "dense":
+        return "dense"
+    extra = "".join(f" {k}={c[k]}" for k, usual in (("pool", "sum"), ("sink", 0), ("window", 1)) if c[k] != usual)
+    return f"{c['selector']} b={c['budget']} q{c['q_block']} k{c['kv_block']} {c['share']}{extra}"
+
+
+def oracle_grid(
+    budgets: Iterable[int | str],
+    q_blocks: Iterable[int] = (1,),
+    kv_blocks: Iterable[int] = (1,),
+    *,
+    share: Share = "layer",
+    **settings: Any,
+) -> dict[str, Selector | Infeasible]:
+    """Dense, and an oracle for every budget and granularity; cells that cannot be are marked, not dropped.
+
+    Example:
+        >>> list(oracle_grid([32, 64], [1, 64]))
+        ['dense', 'oracle b=32 q1 k1 layer', 'oracle b=32 q64 k1 layer', 'oracle b=64 q1 k1 layer', 'oracle b=64 q64 k1 layer']
+    """
+    grid: dict[str, Selector | Infeasible] = {"dense": DenseSelector()}
+    q_blocks, kv_blocks = tuple(q_blocks), tuple(kv_blocks)
+    for budget in budgets:
+        for g in q_blocks:
+            for r in kv_blocks:
+                granularity = Granularity(q_block=g, kv_block=r, share=share)
+                cell: Selector | Infeasible
+                try:
+                    cell = OracleSelector(budget=budget, granularity=granularity, **settings)
+                except ConfigError as error:
+                    config = {"selector": "oracle", "budget": str(budget), "q_block": g, "kv_block": r, "share": share}
+                    cell = Infeasible(settings={**config, **settings}, reason=str(error))
+                grid[label(cell)] = cell
+    return grid
