@@ -129,7 +129,7 @@ def test_damaged_line_in_the_middle_is_refused(tmp_path: Path) -> None:
 class FullDisk(FileIO):
     """Writes half of a batch, then finds the disk full."""
 
-    def write(self, data) -> int:  # noqa: D102
+    def write(self, data) -> int:
         if len(data) < 40:
             raise OSError(28, "No space left on device")
         return super().write(data[: len(data) - 20])

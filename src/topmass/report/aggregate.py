@@ -1,0 +1,276 @@
+"""From records to the numbers of a report: settings, achieved keys, scores and paired differences with intervals."""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from topmass.results import LoadedRun
+from topmass.results.stats import Interval, macro_mean, mean
+
+__all__ = ["AuditTable", "Cell", "EvalTable", "Setting"]
+
+Row = dict[str, Any]
+Sample = tuple[int, int, int]
+
+# what a cell may lose against dense and still count as "as good": point and upper end, as fractions of the full score
+ENOUGH_POINT, ENOUGH_HIGH = 0.01, 0.02
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """How keys are chosen, as a record says it."""
+
+    selector: str
+    budget: str | None
+    q_block: int
+    kv_block: int
+    share: str
+    pool: str
+    sink: int
+    window: int
+    dense_below: int = 0
+    decode: str = "dense"
+
+    @classmethod
+    def of(cls, row: Row) -> "Setting":
+        """Return the setting of a record."""
+        return _setting(tuple((name, row[name]) for name in cls.__slots__ if name in row))
+
+    @property
+    def per_query(self) -> bool:
+        """Whether every query of every layer chooses single tokens of its own."""
+        return (self.q_block, self.kv_block, self.share) == (1, 1, "layer")
+
+    @property
+    def granularity(self) -> tuple[int, int]:
+        """Queries that share a selection, keys taken together."""
+        return self.q_block, self.kv_block
+
+    @property
+    def causal(self) -> bool:
+        """Whether the selection looks at no later query."""
+        return self.q_block == 1 or self.selector in {"dense", "streaming", "random"}
+
+    def variant(self) -> "Setting":
+        """The setting without budget and granularity: what a comparison over those holds fixed."""
+        return replace(self, budget=None, q_block=1, kv_block=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One setting at one length, over all tasks or on one.
+
+    Attributes:
+        length: Nominal prompt length, tokens.
+        setting: How keys are chosen.
+        task: `None` is the unweighted mean over all tasks.
+        keys: Achieved keys per query; nan where infeasible.
+        score: Mean score, a fraction; `None` where infeasible or not run on every task.
+        loss: Dense minus this, on the same samples; `None` also where there is no dense run.
+        infeasible: Whether the budget is below the smallest workable one.
+    """
+
+    length: int
+    setting: Setting
+    task: str | None
+    keys: float
+    score: Interval | None
+    loss: Interval | None
+    infeasible: bool = False
+
+    @property
+    def enough(self) -> bool:
+        """Whether it is as good as dense: at most 1 point lost, and the interval ends at 2 points."""
+        return self.loss is not None and self.loss.point <= ENOUGH_POINT and self.loss.high <= ENOUGH_HIGH
+
+
+@functools.lru_cache(maxsize=4096)
+def _setting(columns: tuple[tuple[str, Any], ...]) -> Setting:
+    return Setting(**dict(columns))
+
+
+def budget_order(budget: str | None) -> tuple[int, float, str]:
+    """Sort key of nominal budgets: tokens by size, then fractions, then the rest."""
+    text = budget or ""
+    if text.isdigit():
+        return 0, float(text), text
+    if text.endswith("%"):
+        return 1, float(text[:-1]), text
+    return 2, 0.0, text
+
+
+class EvalTable:
+    """Records of evaluation runs, indexed for paired comparison."""
+
+    def __init__(self, runs: Sequence[LoadedRun]):
+        self._rows: dict[tuple[int, str, Setting], dict[Sample, Row]] = {}
+        self.repeated = 0
+        for run in sorted(runs, key=lambda run: run.manifest["started"]):
+            for row in run.records:
+                group = self._rows.setdefault((row["length"], row["task"], Setting.of(row)), {})
+                sample = (row["seed"], row["haystack"], row["question_id"])
+                self.repeated += sample in group
+                group[sample] = row
+        self.lengths = sorted({length for length, _, _ in self._rows})
+        self.tasks = sorted({task for _, task, _ in self._rows})
+        self.settings = sorted({setting for _, _, setting in self._rows}, key=_setting_order)
+
+    def tasks_at(self, length: int) -> list[str]:
+        """Tasks that were run at this length."""
+        return sorted({task for n, task, _ in self._rows if n == length})
+
+    @functools.cached_property
+    def variant(self) -> Setting | None:
+        """The oracle whose budgets and granularities are compared: plain top-k if it was run."""
+        oracles = [s for s in self.settings if s.selector == "oracle" and s.share == "layer"]
+        return _plainest(oracles)
+
+    def dense(self) -> Setting | None:
+        """The dense setting."""
+        return next((s for s in self.settings if s.selector == "dense"), None)
+
+    @functools.cache  # noqa: B019 -- a table lives as long as its report
+    def cell(self, length: int, setting: Setting, task: str | None = None) -> Cell | None:
+        """Aggregate one cell; `None` if it was not run."""
+        tasks = self.tasks_at(length) if task is None else [task]
+        groups = {t: self._rows[length, t, setting] for t in tasks if (length, t, setting) in self._rows}
+        if not groups:
+            return None
+        rows = [row for group in groups.values() for row in group.values()]
+        infeasible = any(row["status"] != "ok" for row in rows)
+        if infeasible or len(groups) < len(tasks):
+            nan = float("nan")
+            return Cell(
+                length=length, setting=setting, task=task, keys=nan, score=None, loss=None, infeasible=infeasible
+            )
+        score = macro_mean({t: _values(g, lambda row: row["score"]) for t, g in groups.items()})
+        return Cell(
+            length=length,
+            setting=setting,
+            task=task,
+            keys=_mean_keys(groups),
+            score=score,
+            loss=self._loss(length, setting, groups),
+        )
+
+    def _loss(self, length: int, setting: Setting, groups: dict[str, dict[Sample, Row]]) -> Interval | None:
+        dense = self.dense()
+        if dense is None or setting == dense:
+            return None
+        strata = {}
+        for task, group in groups.items():
+            reference = self._rows.get((length, task, dense), {})
+            common = {sample: row for sample, row in group.items() if sample in reference}
+            if not common:
+                return None
+            strata[task] = _values(common, lambda row, r=reference: r[_sample(row)]["score"] - row["score"])
+        return macro_mean(strata, bounds=(-1.0, 1.0))
+
+    def cells(self, keep: Callable[[Setting], bool], *, task: str | None = None) -> list[Cell]:
+        """Feasible cells of the settings to keep, by length and achieved keys."""
+        found = [
+            self.cell(n, s, task)
+            for n in self.lengths
+            for s in self.settings
+            if keep(s) and (task is None or (n, task, s) in self._rows)
+        ]
+        return sorted((c for c in found if c is not None and c.score), key=lambda c: (c.length, c.keys))
+
+    def oracle(self, setting: Setting) -> bool:
+        """Whether the setting belongs to the oracle that is compared over budgets and granularities."""
+        return self.variant is not None and setting.variant() == self.variant
+
+    def answer(self, length: int) -> Cell | None:
+        """The cell with the fewest achieved keys among the per-query oracles that are as good as dense."""
+        cells = self.cells(lambda s: self.oracle(s) and s.per_query)
+        return next((c for c in cells if c.length == length and c.enough), None)
+
+
+class AuditTable:
+    """Records of audit runs; texts are the clusters."""
+
+    def __init__(self, runs: Sequence[LoadedRun]):
+        self._values: dict[tuple[int, Setting, int, str], dict[tuple[str, int], float]] = {}
+        for run in runs:
+            for row in run.records:
+                if row["value"] is not None:
+                    key = (row["q_len"], Setting.of(row), row["layer"], row["metric"])
+                    self._values.setdefault(key, {})[run.id, row["text"]] = row["value"]
+        self.lengths = sorted({key[0] for key in self._values})
+        self.settings = sorted({key[1] for key in self._values}, key=_setting_order)
+        self.layers = sorted({key[2] for key in self._values} - {-1})
+        self.metrics = sorted({key[3] for key in self._values})
+
+    @functools.cached_property
+    def variant(self) -> Setting | None:
+        """The oracle whose budgets and granularities are compared."""
+        return _plainest([s for s in self.settings if s.selector == "oracle" and s.share == "layer"])
+
+    def oracle(self, setting: Setting) -> bool:
+        """Whether the setting belongs to that oracle."""
+        return self.variant is not None and setting.variant() == self.variant
+
+    def value(self, length: int, setting: Setting, layer: int, metric: str) -> Interval | None:
+        """Mean over texts, `None` if it was not measured."""
+        values = self._values.get((length, setting, layer, metric))
+        return None if values is None else mean(list(values.values()), list(values), bounds=None)
+
+    def over_layers(self, length: int, setting: Setting, metric: str) -> Interval | None:
+        """Mean over layers and texts."""
+        found = [
+            (text, value)
+            for layer in self.layers
+            for text, value in self._values.get((length, setting, layer, metric), {}).items()
+        ]
+        return mean([v for _, v in found], [t for t, _ in found], bounds=None) if found else None
+
+    def plan(self, length: int) -> list[tuple[int, float, Interval]]:
+        """Layer, mass to retain, and the smallest budget that does."""
+        found = []
+        for key in self._values:
+            n, setting, layer, metric = key
+            if n == length and metric.startswith("plan_budget@") and layer >= 0:
+                budget = self.value(n, setting, layer, metric)
+                assert budget is not None
+                found.append((layer, float(metric.partition("@")[2]), budget))
+        return sorted(found, key=lambda entry: entry[:2])
+
+
+def _setting_order(setting: Setting) -> tuple[Any, ...]:
+    return (
+        setting.selector,
+        setting.granularity,
+        setting.share,
+        budget_order(setting.budget),
+        setting.sink,
+        setting.window,
+        setting.pool,
+        setting.dense_below,
+        setting.decode,
+    )
+
+
+def _plainest(settings: Iterable[Setting]) -> Setting | None:
+    """The variant nearest to plain top-k, which the other granularities are compared with."""
+    variants = {s.variant() for s in settings}
+    order = sorted(variants, key=lambda s: (s.decode != "dense", s.dense_below, s.pool != "sum", s.sink, s.window))
+    return order[0] if order else None
+
+
+def _sample(row: Row) -> Sample:
+    return row["seed"], row["haystack"], row["question_id"]
+
+
+def _values(group: dict[Sample, Row], of: Callable[[Row], float]) -> tuple[list[float], list[tuple[int, int]]]:
+    """Values of a group and the haystack of each."""
+    return [of(row) for row in group.values()], [sample[:2] for sample in group]
+
+
+def _mean_keys(groups: dict[str, dict[Sample, Row]]) -> float:
+    """Achieved keys, averaged as the scores are: samples within a task, then tasks."""
+    means = []
+    for group in groups.values():
+        keys = [row["keys_read_mean"] for row in group.values() if row["keys_read_mean"] is not None]
+        means.append(sum(keys) / len(keys) if keys else float("nan"))
+    return sum(means) / len(means)

@@ -1,0 +1,483 @@
+"""What a report says: the first screen and the sections, as plain values that the templates only lay out."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from topmass.report import figures
+from topmass.report.aggregate import AuditTable, Cell, EvalTable, Setting, budget_order
+from topmass.report.figures import label_of, tokens
+from topmass.results import LoadedRun
+from topmass.results.stats import Interval
+
+__all__ = ["Figure", "Report", "Section", "Table", "compose"]
+
+QUESTION = "How much dense attention does this model need?"
+NOT_CAUSAL = "selection looks at the block's later queries: not causal"
+_ENOUGH = "at most 1 point below dense, with the upper end of the 95 % interval at 2 points or less"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """A picture with its caption.
+
+    Attributes:
+        name: File name without suffix, unique in the report.
+        svg: The picture.
+        caption: What it shows and under which conditions.
+    """
+
+    name: str
+    svg: str
+    caption: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """A table of text.
+
+    Attributes:
+        caption: What it shows and under which conditions.
+        header: One text a column.
+        rows: One list of texts a row, as long as the header.
+        folded: Whether HTML shows it only when asked.
+    """
+
+    caption: str
+    header: list[str]
+    rows: list[list[str]]
+    folded: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """A heading, what to know, and what there is to see."""
+
+    title: str
+    text: list[str] = field(default_factory=list)
+    items: list[Figure | Table] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Everything that a reader sees.
+
+    Attributes:
+        model: Name of the model.
+        question: What the first screen answers.
+        answers: The answer, a sentence a length, each with its interval.
+        figure: The one figure of the first screen.
+        facts: Machine, versions, commands, run ids: name and value.
+        notes: What limits the answer.
+        sections: The rest.
+    """
+
+    model: str
+    question: str
+    answers: list[str]
+    figure: Figure | None
+    facts: list[tuple[str, str]]
+    notes: list[str]
+    sections: list[Section]
+
+
+def compose(runs: Sequence[LoadedRun], *, command: str) -> Report:
+    """Make the report of runs of one model.
+
+    Args:
+        runs: Evaluation runs, audit runs, or both.
+        command: How this report is made again.
+    """
+    evals = EvalTable([run for run in runs if run.kind == "eval"])
+    audits = AuditTable([run for run in runs if run.kind == "audit"])
+    scored = bool(evals.variant and evals.dense())
+    answers = _eval_answers(evals) if scored else []
+    answers += _audit_answers(audits)[-1 if scored else 0 :]
+    if not scored and answers:
+        answers.append("Whether scores on tasks hold at these budgets was not measured.")
+    sections = [*_eval_sections(evals), *_audit_sections(audits)]
+    figure, sections = _lead(sections)
+    return Report(
+        model=runs[0].manifest["model"],
+        question=QUESTION,
+        answers=answers or ["These runs do not say: no oracle beside dense attention, and no audit."],
+        figure=figure,
+        facts=_facts(runs, command),
+        notes=_notes(evals, audits, runs),
+        sections=sections,
+    )
+
+
+def _lead(sections: list[Section]) -> tuple[Figure | None, list[Section]]:
+    """Move the first figure to the first screen."""
+    for i, section in enumerate(sections):
+        for item in section.items:
+            if isinstance(item, Figure):
+                rest = Section(
+                    title=section.title, text=section.text, items=[x for x in section.items if x is not item]
+                )
+                keep = [rest] if rest.items else []
+                return item, [*sections[:i], *keep, *sections[i + 1 :]]
+    return None, sections
+
+
+# -- answers
+
+
+def _eval_answers(table: EvalTable) -> list[str]:
+    return [_eval_answer(table, n) for n in table.lengths]
+
+
+def _eval_answer(table: EvalTable, length: int) -> str:
+    tasks = len(table.tasks_at(length))
+    tried = [c for c in table.cells(lambda s: table.oracle(s) and s.per_query) if c.length == length and c.loss]
+    if not tried:
+        return f"At {tokens(length)} tokens: no per-query oracle was run beside dense attention."
+    cell = table.answer(length)
+    if cell is None or cell.loss is None:
+        best = max(tried, key=lambda c: c.keys)
+        return (
+            f"At {tokens(length)} tokens: more than {_budget(best.setting)}, the largest budget that was run, "
+            f"which is {_below(best.loss)} on {tasks} tasks."
+        )
+    smallest = " (the smallest that was run)" if cell is tried[0] else ""
+    assert cell.score is not None
+    return (
+        f"At {tokens(length)} tokens: {_budget(cell.setting)} per query are enough{smallest}, {_share(cell)}. The "
+        f"oracle scores {_points(cell.score.point)} %, {_below(cell.loss)}, on {tasks} tasks with "
+        f"{cell.loss.clusters // tasks} haystacks each."
+    )
+
+
+def _budget(setting: Setting) -> str:
+    budget = setting.budget or "?"
+    return (
+        f"{int(budget):,} keys" if budget.isdigit() else f"{budget} of the keys" if "%" in budget else f"{budget} keys"
+    )
+
+
+def _share(cell: Cell) -> str:
+    return f"{cell.keys:,.0f} achieved, {cell.keys / cell.length:.1%} of the context"
+
+
+def _below(loss: Interval | None) -> str:
+    assert loss is not None
+    return f"{_points(loss.point)} points below dense (95 % interval {_points(loss.low)} to {_points(loss.high)})"
+
+
+def _points(fraction: float) -> str:
+    text = f"{fraction * 100:+.1f}" if fraction < 0 else f"{fraction * 100:.1f}"
+    return "0.0" if text == "-0.0" else text
+
+
+def _audit_answers(table: AuditTable) -> list[str]:
+    return [answer for n in table.lengths if (answer := _audit_answer(table, n))]
+
+
+def _audit_answer(table: AuditTable, length: int) -> str:
+    plan = table.plan(length)
+    if not plan:
+        return ""
+    mass = min({m for _, m, _ in plan}, key=lambda m: abs(m - 0.95))
+    layers = sorted(((i, layer) for layer, m, i in plan if m == mass), key=lambda entry: entry[0].point)
+    most, layer = layers[-1]
+    least, other = layers[0]
+    return (
+        f"At {tokens(length)} tokens: {most.point:,.0f} keys per query{_range(most)} retain {mass:.0%} of the attention "
+        f"mass in every full-attention layer; layer {layer} needs the most, layer {other} the least ({least.point:,.0f})."
+    )
+
+
+def _range(interval: Interval, spec: str = ",.0f") -> str:
+    if math.isnan(interval.low):
+        return ""
+    return f" (95 % interval {interval.low:{spec}} to {interval.high:{spec}})"
+
+
+# -- evaluation
+
+
+def _eval_sections(table: EvalTable) -> list[Section]:
+    if not table.lengths:
+        return []
+    return [s for s in (_accuracy_section(table), _oracle_section(table), _settings_section(table)) if s.items]
+
+
+def _accuracy_section(table: EvalTable) -> Section:
+    items: list[Figure | Table] = []
+    caption = (
+        "Score against achieved keys per query, mean over tasks. Bars and the grey band around dense are 95 % intervals "
+        f"(cluster bootstrap over haystacks). {_conditions(table)}"
+    )
+    _add(items, "accuracy", figures.accuracy_by_keys(table), caption)
+    for n in table.lengths:
+        caption = f"The same for each task at {tokens(n)} tokens; x: achieved keys per query, y: score (%)."
+        _add(items, f"tasks-{n}", figures.accuracy_by_task(table, n), caption)
+    items += [_dense_table(table)]
+    return Section(title="Accuracy against achieved keys", items=items)
+
+
+def _dense_table(table: EvalTable) -> Table:
+    dense = table.dense()
+    rows = []
+    for task in [*table.tasks, None]:
+        cells = [table.cell(n, dense, task) if dense else None for n in table.lengths]
+        rows.append([task or "mean over tasks", *(_score(c.score if c else None) for c in cells)])
+    header = ["task", *(f"{tokens(n)} tokens" for n in table.lengths)]
+    return Table(caption="Dense attention: score (%) with 95 % interval.", header=header, rows=rows if dense else [])
+
+
+def _score(score: Interval | None) -> str:
+    return "" if score is None else f"{_points(score.point)} [{_points(score.low)}, {_points(score.high)}]"
+
+
+def _oracle_section(table: EvalTable) -> Section:
+    text = [
+        "The oracle sees the model's own attention mass: it shows what a selection could do, and accelerates nothing.",
+        f"With more than one query sharing, the {NOT_CAUSAL}.",
+        f"Bold: {_ENOUGH}. A dash: the budget is below the smallest workable one.",
+    ]
+    items: list[Figure | Table] = []
+    for n in table.lengths:
+        caption = f"Granularity of selection at {tokens(n)} tokens, at achieved keys; mean over tasks, 95 % intervals."
+        _add(items, f"granularity-{n}", figures.granularity(table, n), caption)
+        items += _oracle_tables(table, n)
+    return Section(title="The oracle: budget and granularity", text=text, items=items)
+
+
+def _oracle_tables(table: EvalTable, length: int) -> list[Table]:
+    """Queries sharing, keys grouped, then both together; one table if there are few columns."""
+    cells = {s: table.cell(length, s) for s in table.settings if table.oracle(s)}
+    grid = {(s.granularity, s.budget): c for s, c in cells.items() if c is not None}
+    sizes = sorted({g for g, _ in grid})
+    both = sorted({q for q, k in sizes if q > 1 and k > 1})
+    groups = [[g for g in sizes if g[1] == 1], [g for g in sizes if g[0] == 1]]
+    groups = [sizes] if len(sizes) <= 4 else [*groups, *([g for g in sizes if g[0] == q] for q in both)]
+    return [_oracle_table(grid, group, length) for group in groups if group]
+
+
+def _oracle_table(
+    grid: dict[tuple[tuple[int, int], str | None], Cell], sizes: list[tuple[int, int]], length: int
+) -> Table:
+    budgets = sorted({b for g, b in grid if g in sizes}, key=budget_order)
+    rows = [[budget or "", *(_loss(grid.get((g, budget))) for g in sizes)] for budget in budgets]
+    marked = f" {NOT_CAUSAL.capitalize()} where queries share." if any(q > 1 for q, _ in sizes) else ""
+    return Table(
+        caption=f"{tokens(length)} tokens: dense minus oracle in points, mean over tasks, with 95 % interval; achieved "
+        f"keys per query after the semicolon.{marked}",
+        header=["nominal budget", *map(_granularity, sizes)],
+        rows=rows,
+    )
+
+
+def _granularity(size: tuple[int, int]) -> str:
+    queries = "per query" if size[0] == 1 else f"{size[0]} queries share"
+    keys = "tokens" if size[1] == 1 else f"groups of {size[1]}"
+    return f"{queries}, {keys}"
+
+
+def _loss(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    if cell.infeasible:
+        return "-"
+    if cell.score is None:
+        return "not run on every task"
+    if cell.loss is None:
+        return ""
+    text = f"{_points(cell.loss.point)} [{_points(cell.loss.low)}, {_points(cell.loss.high)}]; {cell.keys:,.0f}"
+    return f"**{text}**" if cell.enough else text
+
+
+def _settings_section(table: EvalTable) -> Section:
+    cells = [(n, s, table.cell(n, s)) for n in table.lengths for s in table.settings if not table.oracle(s)]
+    rows = [
+        [tokens(n), *_setting(s), _score(c.score), _loss(c).replace("**", "").partition(";")[0], _keys(c)]
+        for n, s, c in cells
+        if c is not None
+    ]
+    header = ["length", *_SETTING, "score (%)", "dense minus this (points)", "achieved keys"]
+    caption = "Everything else that was run, mean over tasks, with 95 % intervals."
+    return Section(
+        title="Baselines and other variants", items=[Table(caption=caption, header=header, rows=rows, folded=True)]
+    )
+
+
+_SETTING = ["selector", "budget", "granularity", "share", "sink", "window"]
+
+
+def _setting(s: Setting) -> list[str]:
+    if s.selector == "dense":
+        return ["dense", "", "", "", "", ""]
+    note = "" if s.causal else " (not causal)"
+    return [
+        label_of(s.selector),
+        s.budget or "",
+        _granularity(s.granularity) + note,
+        s.share,
+        str(s.sink),
+        str(s.window),
+    ]
+
+
+def _keys(cell: Cell) -> str:
+    return "" if math.isnan(cell.keys) else f"{cell.keys:,.0f}"
+
+
+def _conditions(table: EvalTable) -> str:
+    dense = table.dense()
+    decode = {s.decode for s in table.settings}
+    counts = {c.score.clusters for n in table.lengths if dense and (c := table.cell(n, dense)) and c.score}
+    many = " to ".join(f"{k:,}" for k in sorted({min(counts), max(counts)})) if counts else "?"
+    return f"{len(table.tasks)} tasks, {many} haystacks a length in all; prefill sparse, decoding {'/'.join(sorted(decode))}."
+
+
+# -- audit
+
+
+def _audit_sections(table: AuditTable) -> list[Section]:
+    if not table.lengths:
+        return []
+    return [s for s in (_mass_section(table), _model_section(table), _neighbour_section(table)) if s.items]
+
+
+def _mass_section(table: AuditTable) -> Section:
+    items: list[Figure | Table] = []
+    chart = figures.layer_heat_map(table, "retained_mass_mean", "retained attention mass (fraction)")
+    _add(
+        items,
+        "retained-mass",
+        chart,
+        "Attention mass retained per layer and budget, per query, mean over queries and texts.",
+    )
+    caption = "Per-layer plan: smallest budget that retains the mass; bars are 95 % intervals over texts."
+    _add(items, "plan", figures.per_layer_plan(table), caption)
+    items += _plan_tables(table)
+    items += [t for n in table.lengths if (t := _granularity_table(table, n))]
+    return Section(title="Attention mass", items=items)
+
+
+def _plan_tables(table: AuditTable) -> list[Table]:
+    tables = []
+    for n in table.lengths:
+        plan = {(layer, mass): i for layer, mass, i in table.plan(n)}
+        masses = sorted({mass for _, mass in plan})
+        rows = [
+            [str(layer), *(_number(plan.get((layer, m)), ",.0f") for m in masses)]
+            for layer in sorted({x for x, _ in plan})
+        ]
+        header = ["layer", *(f"{m:.0%} of the mass" for m in masses)]
+        if rows:
+            tables.append(
+                Table(caption=f"Plan at {tokens(n)} tokens: keys per query, 95 % interval.", header=header, rows=rows)
+            )
+    return tables
+
+
+def _granularity_table(table: AuditTable, length: int) -> Table | None:
+    rows = []
+    for s in table.settings:
+        if table.oracle(s) and (mass := table.over_layers(length, s, "retained_mass_mean")):
+            keys = table.over_layers(length, s, "keys_read_mean")
+            rows.append(
+                [s.budget or "", _granularity(s.granularity), _number(keys, ",.0f", bare=True), _number(mass, ".3f")]
+            )
+    if not rows:
+        return None
+    return Table(
+        caption=f"Retained mass at {tokens(length)} tokens, mean over layers, with 95 % interval over texts. Where queries "
+        f"share, {NOT_CAUSAL}.",
+        header=["budget", "granularity", "achieved keys", "retained mass"],
+        rows=rows,
+        folded=True,
+    )
+
+
+def _model_section(table: AuditTable) -> Section:
+    items: list[Figure | Table] = []
+    for n in table.lengths:
+        rows = []
+        for s in table.settings:
+            values = [table.value(n, s, -1, m) for m in ("logit_kl", "top1_agreement", "ppl_change")]
+            if any(values):
+                note = "" if s.causal else " (not causal)"
+                numbers = [_number(v, spec) for v, spec in zip(values, (".2g", ".4f", "+.2%"), strict=True)]
+                rows.append([label_of(s.selector), s.budget or "", _granularity(s.granularity) + note, *numbers])
+        header = ["selector", "budget", "granularity", "logit KL (nats)", "top-1 agreement", "perplexity change"]
+        if rows:
+            caption = f"All full-attention layers sparse, {tokens(n)} tokens, with 95 % interval over texts."
+            items.append(Table(caption=caption, header=header, rows=rows, folded=len(rows) > 12))
+    chart = figures.layer_heat_map(table, "logit_kl", "logit KL (nats), this layer sparse alone", log=True)
+    _add(items, "logit-kl", chart, "KL of the final logits with one layer sparse at a time.")
+    return Section(title="Effect on the model's output", items=items)
+
+
+def _neighbour_section(table: AuditTable) -> Section:
+    items: list[Figure | Table] = []
+    caption = "Growth of the union of neighbouring queries' supports: what a tile of queries must gather together."
+    _add(items, "union-growth", figures.union_growth(table), caption)
+    return Section(title="Neighbouring queries", items=items)
+
+
+def _number(interval: Interval | None, spec: str, *, bare: bool = False) -> str:
+    if interval is None:
+        return ""
+    text = f"{interval.point:{spec}}"
+    return text if bare or math.isnan(interval.low) else f"{text} [{interval.low:{spec}}, {interval.high:{spec}}]"
+
+
+# -- conditions
+
+
+def _notes(evals: EvalTable, audits: AuditTable, runs: Sequence[LoadedRun]) -> list[str]:
+    notes = []
+    if evals.variant:
+        notes.append(f"Enough means {_ENOUGH}, paired on the same samples.")
+        notes.append("The oracle selects by the model's own attention mass; it is a diagnostic, not an accelerator.")
+        if len({v for s in evals.settings if s.selector == "oracle" and (v := s.variant())}) > 1:
+            notes.append(
+                f"The figures show the oracle with {_variant(evals.variant)}; the others are in the last tables."
+            )
+    if any(not s.causal for s in [*evals.settings, *audits.settings]):
+        notes.append(f"Settings in which queries share: {NOT_CAUSAL}.")
+    if evals.repeated:
+        notes.append(f"{evals.repeated:,} samples occur in more than one run; the latest run counts.")
+    if changed := [run.id for run in runs if _environments(run) > 1]:
+        notes.append(f"Resumed with other versions or on another device: {', '.join(changed)} (see the manifests).")
+    return notes
+
+
+def _variant(s: Setting) -> str:
+    return f"share={s.share}, pool={s.pool}, sink={s.sink}, window={s.window}, decode={s.decode}"
+
+
+def _environments(run: LoadedRun) -> int:
+    attempts: list[dict[str, Any]] = run.manifest.get("attempts", [])
+    return len({str([a.get(name) for name in ("versions", "git_commit", "device")]) for a in attempts})
+
+
+def _facts(runs: Sequence[LoadedRun], command: str) -> list[tuple[str, str]]:
+    first = runs[0].manifest
+    facts = [("model", f"{first['model']} (weights {(first.get('weights_hash') or 'not hashed')[:12]})")]
+    facts += [("machine", text) for text in dict.fromkeys(_machine(run.manifest) for run in runs)]
+    facts += [("versions", text) for text in dict.fromkeys(_versions(run.manifest) for run in runs)]
+    facts += [("reproduce", text) for text in dict.fromkeys([*(run.manifest["command"] for run in runs), command])]
+    facts += [("run", f"{run.id}, {len(run.records):,} records, finished {run.manifest['finished']}") for run in runs]
+    return facts
+
+
+def _machine(manifest: dict[str, Any]) -> str:
+    m = manifest["machine"]
+    return f"{manifest['device']}; {m['processor']}, {m['cores']} cores, {m['system']}"
+
+
+def _versions(manifest: dict[str, Any]) -> str:
+    commit = manifest.get("git_commit")
+    text = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    return f"{text}, commit {commit[:10] + '+' * commit.endswith('+')}" if commit else text
+
+
+def _add(items: list[Figure | Table], name: str, chart: Any, caption: str) -> None:
+    if chart is not None:
+        items.append(Figure(name=name, svg=figures.write_svg(chart, name), caption=caption))

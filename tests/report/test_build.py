@@ -1,0 +1,174 @@
+"""Reports: complete from any runs, self-contained, honest about what is not causal."""
+
+import itertools
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from topmass.errors import RunError
+from topmass.report import build, figures
+from topmass.report.aggregate import AuditTable, EvalTable
+
+
+class Loads(HTMLParser):
+    """Collects whatever a browser would fetch."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs) -> None:
+        given = dict(attrs)
+        self.ids += [given["id"]] if "id" in given else []
+        if tag in {"script", "link", "iframe", "object", "embed", "base"}:
+            self.found.append(tag)
+        links = [given.get(name) or "" for name in ("src", "srcset", "href", "xlink:href", "data", "poster", "action")]
+        self.found += [value for value in links if value and not value.startswith("#")]
+
+
+def test_html_is_self_contained(runs: Path, tmp_path: Path) -> None:
+    html = build(runs, tmp_path / "out").html.read_text(encoding="utf-8")
+    loads = Loads()
+    loads.feed(html)
+    assert loads.found == []
+    assert not re.findall(r"@import|url\((?!#)", html)
+    assert "http" not in html.replace('xmlns="http://www.w3.org/2000/svg"', "").replace(
+        'xmlns:xlink="http://www.w3.org/1999/xlink"', ""
+    )
+    assert len(loads.ids) == len(set(loads.ids))
+
+
+def test_first_screen(runs: Path, tmp_path: Path) -> None:
+    paths = build(runs, tmp_path / "out")
+    for path in (paths.html, paths.markdown):
+        first = path.read_text(encoding="utf-8").partition("Accuracy against achieved keys")[0]
+        assert "How much dense attention does this model need?" in first
+        assert "At 16K tokens:" in first
+        assert "95 % interval" in first
+        assert "topmass eval reference" in first
+        assert "cores" in first
+        assert re.search(r"eval-\d{8}T\d{6}-[0-9a-f]{6}", first)
+        assert "not causal" in first
+
+
+def test_oracle_table_marks_infeasible_cells(runs: Path, tmp_path: Path) -> None:
+    text = build(runs, tmp_path / "out").markdown.read_text(encoding="utf-8")
+    table = text[text.index("| nominal budget | per query, tokens | per query, groups of 4 |") :]
+    row = next(line for line in table.splitlines() if line.startswith("| 32 |"))
+    assert row.endswith("| - | - |")
+    assert re.search(r"\d+\.\d \[-?\d+\.\d, -?\d+\.\d\]; 31 \|", row)
+
+
+def test_figures_of_the_markdown_exist_and_are_svg(runs: Path, tmp_path: Path) -> None:
+    paths = build(runs, tmp_path / "out")
+    linked = re.findall(r"\]\((figures/[^)]+)\)", paths.markdown.read_text(encoding="utf-8"))
+    assert {(tmp_path / "out" / name) for name in linked} == set(paths.figures)
+    for path in paths.figures:
+        assert ET.parse(path).getroot().tag.endswith("svg")
+
+
+@pytest.mark.parametrize("kind", ["eval", "audit"])
+def test_one_kind_of_run_is_enough(runs: Path, tmp_path: Path, kind: str) -> None:
+    text = build(runs / kind, tmp_path / "out").markdown.read_text(encoding="utf-8")
+    assert ("retain 95% of the attention mass" in text) == (kind == "audit")
+    assert ("Accuracy against achieved keys" in text) == (kind == "eval")
+
+
+@pytest.mark.parametrize("keep", ["dense", "oracle", "nothing", "baselines"])
+def test_little_data(eval_rows, make_run, tmp_path: Path, keep: str) -> None:
+    wanted = {
+        "dense": {"dense"},
+        "oracle": {"oracle"},
+        "nothing": set(),
+        "baselines": {"dense", "streaming", "random"},
+    }[keep]
+    rows = [r for r in eval_rows(lengths=(4096,), haystacks=2) if r["selector"] in wanted]
+    run = make_run("eval", rows)
+    assert "These runs do not say" in build(run.path, tmp_path / "out").markdown.read_text(encoding="utf-8")
+
+
+def test_everything_infeasible(eval_rows, make_run, tmp_path: Path) -> None:
+    rows = eval_rows(lengths=(4096,), haystacks=2)
+    rows = [
+        r if r["selector"] == "dense" else r | {"status": "infeasible", "score": None, "keys_read_mean": None}
+        for r in rows
+    ]
+    run = make_run("eval", rows)
+    assert "no per-query oracle was run" in build(run.path, tmp_path / "out").markdown.read_text(encoding="utf-8")
+
+
+def test_one_text_has_no_interval(audit_rows, make_run, tmp_path: Path) -> None:
+    text = build(make_run("audit", audit_rows(texts=1)).path, tmp_path / "out").markdown.read_text(encoding="utf-8")
+    assert "nan" not in text
+
+
+def test_models_are_not_mixed(eval_rows, make_run, tmp_path: Path) -> None:
+    rows = eval_rows(lengths=(4096,), haystacks=2)
+    runs = [make_run("eval", rows, "a").path, make_run("eval", rows, "b", weights_hash="other").path]
+    with pytest.raises(RunError, match="one model at a time"):
+        build(runs, tmp_path / "out")
+
+
+def test_unwritable_output(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(RunError, match=r"Cannot write the report .*Choose another --out"):
+        build(runs, tmp_path / "taken")
+
+
+def test_dashes_and_pipes_cannot_break_a_page(eval_rows, make_run, tmp_path: Path) -> None:
+    run = make_run("eval", eval_rows(lengths=(4096,), haystacks=2), model="<script>alert(1)</script>|x")
+    html = build(run.path, tmp_path / "out").html.read_text(encoding="utf-8")
+    assert "<script" not in html
+
+
+def test_a_selector_has_one_colour(runs: Path) -> None:
+    from topmass.results import load_run
+
+    table = EvalTable([load_run(runs / "eval")])
+    for chart in (
+        figures.accuracy_by_keys(table),
+        figures.accuracy_by_task(table, 4096),
+        figures.granularity(table, 4096),
+    ):
+        assert figures.PALETTE["oracle"] in figures.write_svg(chart, "x")
+    assert len(set(figures.PALETTE.values())) == len(figures.PALETTE)
+
+
+def test_figures_have_units_on_their_axes(runs: Path) -> None:
+    from topmass.results import load_run
+
+    table, audit = EvalTable([load_run(runs / "eval")]), AuditTable([load_run(runs / "audit")])
+    for chart, units in (
+        (figures.accuracy_by_keys(table), ["achieved keys per query", "(%)"]),
+        (
+            figures.layer_heat_map(audit, "retained_mass_mean", "retained mass (fraction)"),
+            ["keys per query", "fraction"],
+        ),
+        (figures.per_layer_plan(audit), ["keys per query", "layer"]),
+        (figures.union_growth(audit), ["neighbouring queries", "keys"]),
+    ):
+        svg = figures.write_svg(chart, "x")
+        assert all(unit in svg for unit in units)
+        assert 'fill="#ffffff"' in svg or "white" in svg
+
+
+def test_labels_keep_apart_and_inside() -> None:
+    placed = figures._dodge([("a", 99.0), ("b", 98.5), ("c", 2.0), ("d", 1.0), ("e", 0.0)], 0.0, 100.0, 0.1)
+    values = sorted(placed.values())
+    assert all(b - a >= 9.99 for a, b in itertools.pairwise(values))
+    assert values[0] >= 0
+    assert values[-1] <= 100
+    assert placed["a"] > placed["b"] > placed["c"] > placed["d"] > placed["e"]
+
+
+def test_reporting_needs_no_torch() -> None:
+    code = "import sys, topmass.report, topmass.results; assert not {'torch', 'transformers'} & set(sys.modules)"
+    with mock.patch.dict("os.environ", {"PYTHONPATH": str(Path(__file__).parents[2] / "src")}):
+        subprocess.run([sys.executable, "-c", code], check=True)
