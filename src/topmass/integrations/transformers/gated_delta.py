@@ -1,11 +1,11 @@
 """The chunked gated delta rule in vectorised PyTorch: no solver, no loop over rows, few steps over chunks.
 
 Source: Yang et al., "Gated Delta Networks", arXiv 2412.06464. transformers' own PyTorch version takes a step for each row of a
-chunk and for each chunk; here a chunk's triangular system is inverted by doubling, and the states between chunks are found in
+chunk and for each chunk; here a chunk's triangular system is inverted block by block, and the states between chunks are found in
 about 2 sqrt(chunks) steps. It can be differentiated and captured in a CUDA graph.
 """
 
-from math import isqrt, log2
+from math import isqrt
 
 import torch
 import torch.nn.functional as F
@@ -74,12 +74,20 @@ def _decay(g: Float[Tensor, "*lead chunk"]) -> Float[Tensor, "*lead chunk chunk"
 
 
 def _unit_inverse(lower: Float[Tensor, "*lead chunk chunk"]) -> Float[Tensor, "*lead chunk chunk"]:
-    """(1 + L)^-1 of a strictly lower triangular L: (1 - L)(1 + L^2)(1 + L^4)..., for L^chunk = 0."""
-    inverse = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device) - lower
-    power = lower
-    for _ in range(round(log2(lower.shape[-1])) - 1):
-        power = power @ power
-        inverse = inverse + inverse @ power
+    """(1 + L)^-1 of a strictly lower triangular L, from inverses of diagonal blocks of 1, 2, 4, ... rows.
+
+    [[A, 0], [B, C]]^-1 = [[A', 0], [-C' B A', C']], for all blocks at once. Powers of L would be fewer lines, but they grow
+    like binomial coefficients where keys repeat, and float32 then loses everything.
+    """
+    size = lower.shape[-1]
+    inverse = torch.eye(size, dtype=lower.dtype, device=lower.device)
+    at = torch.arange(size, device=lower.device)
+    rows = 1
+    while rows < size:
+        block = at // rows
+        below = (block[:, None] % 2 == 1) & (block[:, None] == block + 1)
+        inverse = inverse - inverse @ (lower * below) @ inverse
+        rows *= 2
     return inverse
 
 

@@ -1,0 +1,1 @@
+"""Paired evaluation of selectors on synthetic long-context tasks."""

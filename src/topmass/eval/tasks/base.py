@@ -1,0 +1,216 @@
+"""What every task is made of: a haystack, its questions, and samples of an exact length."""
+
+import hashlib
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from topmass.errors import ConfigError, DataError
+from topmass.eval.tasks.words import NOISE, Prose
+
+__all__ = [
+    "INTRO",
+    "Filler",
+    "Haystack",
+    "Question",
+    "Sample",
+    "Task",
+    "file_filler",
+    "render",
+    "sample_haystack",
+    "scatter",
+]
+
+INTRO = "Read the notes below and answer the question that follows them.\n"
+_PAD = " so"  # what fills the last few tokens: one token in every tokenizer we know
+
+Filler = Callable[[random.Random], str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One question about one haystack.
+
+    Args:
+        context: The haystack, the same string for every question of it; ends with a newline.
+        question: The question; ends with the cue after which the answer is generated.
+        references: Every string that the answer should contain.
+        length: Tokens of the prompt and of `max_new_tokens` together, at most.
+        haystack: Index of the haystack.
+        question_id: Index of the question among the haystack's.
+    """
+
+    task: str
+    context: str
+    question: str
+    references: tuple[str, ...]
+    length: int
+    haystack: int
+    question_id: int
+    seed: int
+    max_new_tokens: int
+
+    @property
+    def prompt(self) -> str:
+        """Context and question."""
+        return self.context + self.question
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A question that holds for a haystack.
+
+    Args:
+        answer: What a perfect model writes after the cue, references in the order asked for.
+        after: The question can be answered once this many of the haystack's units have been read.
+    """
+
+    text: str
+    answer: str
+    references: tuple[str, ...]
+    after: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Haystack:
+    """Sentences in order, and the questions about them."""
+
+    units: tuple[str, ...]
+    questions: tuple[Question, ...]
+
+
+class Task(Protocol):
+    """One kind of question.
+
+    Args:
+        filler: `"prose"`, `"noise"`, or `None` where the haystack has no filler.
+        max_new_tokens: Tokens granted to the answer.
+        max_questions: Questions that one haystack supports.
+        min_size: Units of the smallest haystack.
+    """
+
+    name: str
+    filler: str | None
+    max_new_tokens: int
+    max_questions: int
+    min_size: int
+
+    def build(self, rng: random.Random, size: int, filler: Filler) -> Haystack:
+        """A haystack of `size` units."""
+        ...
+
+
+def render(units: tuple[str, ...]) -> str:
+    """The text of a haystack."""
+    return f"{INTRO}{' '.join(units)}\n"
+
+
+def scatter(rng: random.Random, facts: list[str], size: int, filler: Filler) -> tuple[tuple[str, ...], list[int]]:
+    """Spread `facts`, in order, evenly at random over `size` units; the rest is filler. Also says where each went."""
+    if size < len(facts):
+        raise ConfigError(f"{len(facts)} facts do not fit into {size} sentences")
+    places = sorted(rng.sample(range(size), len(facts)))
+    units = dict(zip(places, facts, strict=True))
+    return tuple(units[i] if i in units else filler(rng) for i in range(size)), places
+
+
+def file_filler(path: str | Path) -> Callable[[random.Random], Filler]:
+    """Filler made of a text file's sentences, in order, starting anywhere.
+
+    Raises:
+        DataError: The file cannot be read or holds no text.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(f"cannot read the haystack {path}: {e}; give a UTF-8 text file") from e
+    sentences = [" ".join(s.split()) for s in re.split(r"(?<=[.!?])\s+", text) if s.strip()]
+    if not sentences:
+        raise DataError(f"the haystack {path} is empty; give a UTF-8 text file with sentences in it")
+
+    def start(rng: random.Random) -> Filler:
+        at = rng.randrange(len(sentences))
+
+        def filler(rng: random.Random) -> str:
+            nonlocal at
+            at = (at + 1) % len(sentences)
+            return sentences[at]
+
+        return filler
+
+    return start
+
+
+def bundled_filler(kind: str | None) -> Callable[[random.Random], Filler]:
+    """The filler that comes with the package."""
+    return lambda rng: Prose() if kind == "prose" else lambda rng: rng.choice(NOISE)
+
+
+def sample_haystack(
+    task: Task,
+    count: Callable[[str], int],
+    *,
+    length: int,
+    index: int,
+    seed: int,
+    questions: int,
+    haystack: str | Path | None,
+) -> list[Sample]:
+    """The samples of one haystack; see `make_samples`."""
+    start = file_filler(haystack) if haystack is not None else bundled_filler(task.filler)
+
+    def build(size: int) -> Haystack:
+        rng = _rng(task.name, seed, length, index)
+        return task.build(rng, size, start(rng))
+
+    def longest(context: str, asked: tuple[Question, ...]) -> int:
+        return max(count(context + q.text) for q in asked) + task.max_new_tokens
+
+    smallest = build(task.min_size)
+    need = longest(render(smallest.units), smallest.questions)
+    if need > length:
+        raise DataError(
+            f"{task.name} does not fit into {length} tokens with this tokenizer; the smallest length that works is {need}"
+        )
+    best, size = smallest, task.min_size
+    low, high = task.min_size, None
+    rate = max((need - task.max_new_tokens) / task.min_size, 1.0)
+    while high is None or high - low > 1:  # the largest size that fits
+        size = low + max(1, int((length - need) / rate)) if high is None else (low + high) // 2
+        trial = build(size)
+        used = longest(render(trial.units), trial.questions)
+        if used <= length:
+            best, low, need = trial, size, used
+        else:
+            high = size
+    rng = _rng(task.name, seed, length, index, "pad")
+    context = _pad(render(best.units), start(rng), rng, lambda c: longest(c, best.questions) - length)
+    return [
+        Sample(
+            task=task.name, context=context, question=q.text, references=q.references, length=length, haystack=index,
+            question_id=i, seed=seed, max_new_tokens=task.max_new_tokens,
+        )
+        for i, q in enumerate(best.questions[:questions])
+    ]  # fmt: skip
+
+
+def _pad(context: str, filler: Filler, rng: random.Random, excess: Callable[[str], int]) -> str:
+    """Fill up to the exact length: whole sentences before the first, then single words, then a newline."""
+    head, body = context[: len(INTRO)], context[len(INTRO) :]
+    for _ in range(8):
+        longer = f"{filler(rng)} {body}"
+        if excess(head + longer) <= 0:
+            body = longer
+    for words in range(-excess(head + body) - 1, -1, -1):
+        pad = f"{('So' + _PAD * (words - 1)) if words else ''}\n"
+        if excess(head + pad + body) <= 0:
+            return head + pad + body
+    return head + body
+
+
+def _rng(*key: object) -> random.Random:
+    """A generator that depends on `key` alone, on every machine and in every process."""
+    return random.Random(int.from_bytes(hashlib.sha256("\0".join(map(str, key)).encode()).digest()[:8]))
