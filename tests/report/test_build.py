@@ -14,6 +14,13 @@ import pytest
 from topmass.errors import RunError
 from topmass.report import build, figures
 from topmass.report.aggregate import AuditTable, EvalTable
+from topmass.report.build import ReportPaths
+
+
+@pytest.fixture(scope="module")
+def report(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> ReportPaths:
+    """The report of both runs, for tests that only read it."""
+    return build(runs, tmp_path_factory.mktemp("report") / "out")
 
 
 class Loads(HTMLParser):
@@ -33,8 +40,8 @@ class Loads(HTMLParser):
         self.found += [value for value in links if value and not value.startswith("#")]
 
 
-def test_html_is_self_contained(runs: Path, tmp_path: Path) -> None:
-    html = build(runs, tmp_path / "out").html.read_text(encoding="utf-8")
+def test_html_is_self_contained(report: ReportPaths) -> None:
+    html = report.html.read_text(encoding="utf-8")
     loads = Loads()
     loads.feed(html)
     assert loads.found == []
@@ -45,9 +52,8 @@ def test_html_is_self_contained(runs: Path, tmp_path: Path) -> None:
     assert len(loads.ids) == len(set(loads.ids))
 
 
-def test_first_screen(runs: Path, tmp_path: Path) -> None:
-    paths = build(runs, tmp_path / "out")
-    for path in (paths.html, paths.markdown):
+def test_first_screen(report: ReportPaths) -> None:
+    for path in (report.html, report.markdown):
         first = path.read_text(encoding="utf-8").partition("Accuracy against achieved keys")[0]
         assert "How much dense attention does this model need?" in first
         assert "At 16K tokens:" in first
@@ -58,19 +64,18 @@ def test_first_screen(runs: Path, tmp_path: Path) -> None:
         assert "not causal" in first
 
 
-def test_oracle_table_marks_infeasible_cells(runs: Path, tmp_path: Path) -> None:
-    text = build(runs, tmp_path / "out").markdown.read_text(encoding="utf-8")
+def test_oracle_table_marks_infeasible_cells(report: ReportPaths) -> None:
+    text = report.markdown.read_text(encoding="utf-8")
     table = text[text.index("| nominal budget | per query, tokens | per query, groups of 4 |") :]
     row = next(line for line in table.splitlines() if line.startswith("| 32 |"))
     assert row.endswith("| - | - |")
     assert re.search(r"\d+\.\d \[-?\d+\.\d, -?\d+\.\d\]; 31 \|", row)
 
 
-def test_figures_of_the_markdown_exist_and_are_svg(runs: Path, tmp_path: Path) -> None:
-    paths = build(runs, tmp_path / "out")
-    linked = re.findall(r"\]\((figures/[^)]+)\)", paths.markdown.read_text(encoding="utf-8"))
-    assert {(tmp_path / "out" / name) for name in linked} == set(paths.figures)
-    for path in paths.figures:
+def test_figures_of_the_markdown_exist_and_are_svg(report: ReportPaths) -> None:
+    linked = re.findall(r"\]\((figures/[^)]+)\)", report.markdown.read_text(encoding="utf-8"))
+    assert {report.markdown.parent / name for name in linked} == set(report.figures)
+    for path in report.figures:
         assert ET.parse(path).getroot().tag.endswith("svg")
 
 
@@ -119,7 +124,7 @@ def test_models_are_not_mixed(eval_rows, make_run, tmp_path: Path) -> None:
 def test_unwritable_output(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("mine")
     with pytest.raises(RunError, match=r"Cannot write the report .*Choose another --out"):
-        build(runs, tmp_path / "taken")
+        build(runs / "audit", tmp_path / "taken")
 
 
 def test_dashes_and_pipes_cannot_break_a_page(eval_rows, make_run, tmp_path: Path) -> None:

@@ -243,7 +243,19 @@ def _oracle_section(table: EvalTable) -> Section:
         caption = f"Granularity of selection at {tokens(n)} tokens, at achieved keys; mean over tasks, 95 % intervals."
         _add(items, f"granularity-{n}", figures.granularity(table, n), caption)
         items += _oracle_tables(table, n)
+        items += _task_table(table, n)
     return Section(title="The oracle: budget and granularity", text=text, items=items)
+
+
+def _task_table(table: EvalTable, length: int) -> list[Table]:
+    settings = [s for s in table.settings if table.oracle(s) and s.per_query]
+    rows = []
+    for task in table.tasks_at(length):
+        cells = [table.cell(length, s, task) for s in settings]
+        rows.append([task, *(_loss(c).partition(";")[0].replace("**", "") for c in cells)])
+    caption = f"{tokens(length)} tokens, per query: dense minus oracle in points for each task and nominal budget."
+    header = ["task", *(s.budget or "" for s in settings)]
+    return [Table(caption=caption, header=header, rows=rows)] if settings else []
 
 
 def _oracle_tables(table: EvalTable, length: int) -> list[Table]:

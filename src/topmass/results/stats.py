@@ -21,10 +21,11 @@ __all__ = ["Interval", "Spread", "macro_mean", "mean", "paired_difference", "spr
 
 RESAMPLES = 10_000
 
-# of clusters, per block of resamples: 64 MB of weights
+# weights per block of resamples: 32 MB
 _BLOCK = 8_000_000
 
 Floats = NDArray[np.float64]
+Weights = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,22 +197,24 @@ def _draws(sums: Floats, counts: Floats, *, resamples: int, seed: int, stratum: 
     else:
         rng = np.random.default_rng(seed)
         weights = (_multinomial(rng, n, min(rows, resamples - i)) for i in range(0, resamples, rows))
-    draws = np.concatenate([w @ sums / (w @ counts) for w in weights])
+    equal = bool(np.all(counts == counts[0]))
+    x, n_x = sums.astype(np.float32), counts.astype(np.float32)
+    draws = np.concatenate([w @ x / (n * counts[0] if equal else w @ n_x) for w in weights]).astype(np.float64)
     if stratum:  # strata share the cached weights, shuffled, so that they vary independently
         np.random.default_rng((seed, stratum)).shuffle(draws)
     return point + (draws - point) * np.sqrt(n / (n - 1))
 
 
 @functools.lru_cache(maxsize=4)
-def _weights(n: int, resamples: int, seed: int) -> Floats:
+def _weights(n: int, resamples: int, seed: int) -> Weights:
     """A report asks for the same few sizes again and again."""
     return _multinomial(np.random.default_rng(seed), n, resamples)
 
 
-def _multinomial(rng: np.random.Generator, n: int, rows: int) -> Floats:
-    """How often each of `n` clusters is drawn, for `rows` resamples."""
+def _multinomial(rng: np.random.Generator, n: int, rows: int) -> Weights:
+    """How often each of `n` clusters is drawn, for `rows` resamples; single precision is exact for these and fast."""
     flat = rng.integers(0, n, (rows, n)) + np.arange(rows)[:, None] * n
-    return np.bincount(flat.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)
+    return np.bincount(flat.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float32)
 
 
 def _agreement_bound(
