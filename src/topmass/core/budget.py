@@ -8,7 +8,10 @@ from topmass.errors import ConfigError
 
 __all__ = ["Budget", "BudgetLike"]
 
-_MASS = re.compile(r"mass:(?P<mass>[0-9.eE+-]+)\s*<=\s*(?P<cap>\d+)")
+_MASS = re.compile(r"mass:(?P<mass>[0-9./]+)\s*<=\s*(?P<cap>[0-9]+)")
+_SHARE = re.compile(r"(?P<percent>[0-9./]+)\s*%")
+# numerator x position has to fit int64 for contexts of millions of tokens
+_LARGEST_DENOMINATOR = 10**12
 _SYNTAX = "write tokens (2048), a share of the visible keys ('5%'), or mass with its cap ('mass:0.95<=4096')"
 
 
@@ -40,12 +43,20 @@ class Budget:
     def __post_init__(self) -> None:
         if (self.tokens is None) == (self.share is None) or (self.mass is not None and self.tokens is None):
             raise ConfigError(f"A budget has one form: {_SYNTAX}.")
+        if self.tokens is not None and type(self.tokens) is not int:
+            raise ConfigError(f"A budget's tokens are a whole number, got {self.tokens!r}.")
         if self.tokens is not None and self.tokens < 1:
             raise ConfigError(f"A budget needs at least 1 token, got {self.tokens}.")
         for name in ("share", "mass"):
             value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise ConfigError(f"A budget's {name} must lie in (0, 1], got {float(value):g}.")
+            if value is None:
+                continue
+            if not isinstance(value, Fraction):
+                raise ConfigError(f"A budget's {name} is a Fraction, got {value!r}; Budget.parse reads text such as '5%'.")
+            if not 0 < value <= 1:
+                raise ConfigError(f"A budget's {name} must lie in (0, 1], got {value}.")
+            if value.denominator > _LARGEST_DENOMINATOR:
+                raise ConfigError(f"A budget's {name} has too many digits: {value}; round it to ten decimals.")
 
     @classmethod
     def parse(cls, value: "BudgetLike") -> "Budget":
@@ -59,8 +70,8 @@ class Budget:
             if text.isdecimal():
                 return cls(tokens=int(text))
             try:
-                if text.endswith("%"):
-                    return cls(share=Fraction(text[:-1].strip()) / 100)
+                if found := _SHARE.fullmatch(text):
+                    return cls(share=Fraction(found["percent"]) / 100)
                 if found := _MASS.fullmatch(text):
                     return cls(mass=Fraction(found["mass"]), tokens=int(found["cap"]))
             except (ValueError, ZeroDivisionError) as error:
@@ -70,10 +81,16 @@ class Budget:
 
     def __str__(self) -> str:
         if self.mass is not None:
-            return f"mass:{float(self.mass):g}<={self.tokens}"
+            return f"mass:{_exact(self.mass)}<={self.tokens}"
         if self.share is not None:
-            return f"{float(self.share * 100):g}%"
+            return f"{_exact(self.share * 100)}%"
         return str(self.tokens)
+
+
+def _exact(value: Fraction) -> str:
+    # fingerprints and saved plans are made of this text, so it may not round
+    text = f"{float(value):.12f}".rstrip("0").rstrip(".")
+    return text if Fraction(text) == value else str(value)
 
 
 BudgetLike = int | str | Budget

@@ -34,7 +34,7 @@ class Granularity:
     def __post_init__(self) -> None:
         for name in ("q_block", "kv_block"):
             size = getattr(self, name)
-            if not isinstance(size, int) or size < 1 or size & (size - 1):
+            if type(size) is not int or size < 1 or size & (size - 1):
                 raise ConfigError(f"{name} must be a power of two (1, 2, 4, ...), got {size!r}.")
         if self.share not in get_args(Share):
             raise ConfigError(f"share must be one of {', '.join(get_args(Share))}, got {self.share!r}.")

@@ -1,5 +1,6 @@
 """Per-layer budgets, as an audit recommends them."""
 
+import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -38,18 +39,25 @@ class Plan:
         return self.layers.get(layer, self.default)
 
     def __str__(self) -> str:
-        inner = ", ".join(f"{i}:{b or 'dense'}" for i, b in sorted(self.layers.items()))
-        return f"plan({inner})"
+        each = [*sorted(self.layers.items()), ("default", self.default)]
+        return "plan(" + ", ".join(f"{layer}:{budget or 'dense'}" for layer, budget in each) + ")"
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as TOML."""
+        """Write the plan as TOML.
+
+        Raises:
+            ConfigError: The file cannot be written.
+        """
         lines = [
             f"version = {VERSION}",
             f"note = {_quote(self.note)}",
             f"default = {_quote(str(self.default or 'dense'))}",
         ]
         lines += ["", "[layers]", *(f"{i} = {_quote(str(b or 'dense'))}" for i, b in sorted(self.layers.items()))]
-        Path(path).write_text("\n".join(lines) + "\n")
+        try:
+            Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"Cannot write the plan {path}: {error.strerror}.") from error
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
@@ -59,10 +67,10 @@ class Plan:
             ConfigError: The file is missing, not TOML, of another version, or holds an unknown key.
         """
         try:
-            data = tomllib.loads(Path(path).read_text())
+            data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"Cannot read the plan {path}: {error.strerror}.") from error
-        except tomllib.TOMLDecodeError as error:
+        except ValueError as error:
             raise ConfigError(f"{path} is not a plan: {error}.") from error
         if unknown := set(data) - {"version", "note", "default", "layers"}:
             raise ConfigError(f"{path}: unknown key {min(unknown)!r}; a plan has version, note, default, layers.")
@@ -70,16 +78,23 @@ class Plan:
             raise ConfigError(
                 f"{path}: version {data.get('version')!r} of a plan; this topmass reads version {VERSION}."
             )
+        layers = data.get("layers", {})
+        if not isinstance(layers, dict) or not all(i.isdecimal() for i in layers):
+            raise ConfigError(f"{path}: [layers] maps layer indices (0, 1, ...) to budgets.")
         try:
-            layers = {int(i): _budget(b) for i, b in data.get("layers", {}).items()}
-        except ValueError as error:
+            return cls(
+                layers={int(i): _budget(b) for i, b in layers.items()},
+                default=_budget(data.get("default", "dense")),
+                note=str(data.get("note", "")),
+            )
+        except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
-        return cls(layers=layers, default=_budget(data.get("default", "dense")), note=data.get("note", ""))
 
 
-def _budget(text: str | int) -> Budget | None:
-    return None if text == "dense" else Budget.parse(text)
+def _budget(value: object) -> Budget | None:
+    return None if value == "dense" else Budget.parse(value if isinstance(value, int) else str(value))
 
 
 def _quote(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ") + '"'
+    # JSON's escapes are TOML's, but TOML forbids a bare DEL
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

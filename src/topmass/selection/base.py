@@ -134,7 +134,8 @@ class RankedSelector(Selector):
         if self.pool not in ("sum", "max"):
             raise ConfigError(f"pool must be 'sum' or 'max', got {self.pool!r}.")
         if isinstance(self.budget, Plan):
-            for layer in self.budget.layers:
+            # -1 is no layer: it has the plan's default
+            for layer in (*self.budget.layers, -1):
                 self.rule(layer)
         else:
             object.__setattr__(self, "budget", Budget.parse(self.budget))
