@@ -9,7 +9,6 @@ value the bootstrap gives a point, which is no interval; then the bound is Wilso
   3.84 / (C + 3.84); the rule of three says 3 / C), and the difference lies within ±u.
 """
 
-import functools
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -22,10 +21,11 @@ __all__ = ["Interval", "Spread", "macro_mean", "mean", "paired_difference", "spr
 RESAMPLES = 10_000
 
 # weights per block of resamples: 32 MB
-_BLOCK = 8_000_000
+_BLOCK = 4_000_000
+# kinds of clusters up to which drawing them together is faster
+_FEW = 16
 
 Floats = NDArray[np.float64]
-Weights = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,9 +149,7 @@ def macro_mean(
     bound = "all equal" if bounds is None else "Wilson bound"
     low = high = 0.0
     if vary:
-        draws = sum(_draws(*tables[i], resamples=resamples, seed=seed, stratum=i) - means[i] for i in vary) / len(
-            tables
-        )
+        draws = sum(_draws(*tables[i], resamples=resamples, seed=(seed, i)) - means[i] for i in vary) / len(tables)
         low, high = (float(x) for x in np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]))
     if agree:
         below, above = _agreement_bound([(means[i], tables[i][0].size) for i in agree], bounds, level)
@@ -187,34 +185,32 @@ def _cluster_table(values: Floats, clusters: Sequence[Hashable]) -> tuple[Floats
     return np.bincount(ids, weights=values).astype(np.float64), np.bincount(ids).astype(np.float64)
 
 
-def _draws(sums: Floats, counts: Floats, *, resamples: int, seed: int, stratum: int) -> Floats:
+def _draws(sums: Floats, counts: Floats, *, resamples: int, seed: tuple[int, int]) -> Floats:
     """Bootstrap means, widened about the mean of the sample."""
     n = sums.size
+    rng = np.random.default_rng(seed)
+    # scores repeat: equal clusters are drawn together, which is the same distribution and much less work
+    kinds, many = np.unique(np.stack([sums, counts], 1), axis=0, return_counts=True)
+    drawn = [_weights(rng, many, rows) for rows in _blocks(resamples, many.size)]
+    draws = np.concatenate([(w @ kinds[:, 0]) / (w @ kinds[:, 1]) for w in drawn])
     point = sums.sum() / counts.sum()
-    rows = max(1, _BLOCK // n)
-    if rows >= resamples:
-        weights = [_weights(n, resamples, seed)]
-    else:
-        rng = np.random.default_rng(seed)
-        weights = (_multinomial(rng, n, min(rows, resamples - i)) for i in range(0, resamples, rows))
-    equal = bool(np.all(counts == counts[0]))
-    x, n_x = sums.astype(np.float32), counts.astype(np.float32)
-    draws = np.concatenate([w @ x / (n * counts[0] if equal else w @ n_x) for w in weights]).astype(np.float64)
-    if stratum:  # strata share the cached weights, shuffled, so that they vary independently
-        np.random.default_rng((seed, stratum)).shuffle(draws)
     return point + (draws - point) * np.sqrt(n / (n - 1))
 
 
-@functools.lru_cache(maxsize=4)
-def _weights(n: int, resamples: int, seed: int) -> Weights:
-    """A report asks for the same few sizes again and again."""
-    return _multinomial(np.random.default_rng(seed), n, resamples)
+def _weights(rng: np.random.Generator, many: NDArray[np.int64], rows: int) -> Floats:
+    """How often each kind of cluster is drawn, for `rows` resamples."""
+    n, kinds = int(many.sum()), many.size
+    if kinds <= _FEW:
+        return rng.multinomial(n, many / n, size=rows).astype(np.float64)
+    kind = np.repeat(np.arange(kinds), many)[rng.integers(0, n, (rows, n))]
+    flat = kind + np.arange(rows)[:, None] * kinds
+    return np.bincount(flat.ravel(), minlength=rows * kinds).reshape(rows, kinds).astype(np.float64)
 
 
-def _multinomial(rng: np.random.Generator, n: int, rows: int) -> Weights:
-    """How often each of `n` clusters is drawn, for `rows` resamples; single precision is exact for these and fast."""
-    flat = rng.integers(0, n, (rows, n)) + np.arange(rows)[:, None] * n
-    return np.bincount(flat.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float32)
+def _blocks(resamples: int, kinds: int) -> list[int]:
+    """Numbers of resamples whose weights fit in memory together."""
+    rows = max(1, _BLOCK // kinds)
+    return [min(rows, resamples - i) for i in range(0, resamples, rows)]
 
 
 def _agreement_bound(
