@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from topmass.errors import ConfigError
-from topmass.eval.tasks.base import Sample, Task, sample_haystack
+from topmass.eval.tasks.base import Sample, Task, sample_haystacks
 from topmass.eval.tasks.common_words import CommonWords
 from topmass.eval.tasks.frequent_words import FrequentWords
 from topmass.eval.tasks.latent_association import LatentAssociation
@@ -84,13 +84,7 @@ def make_samples(
     def count(text: str) -> int:
         return len(tokenizer(text)["input_ids"])
 
-    return [
-        sample
-        for index in range(n)
-        for sample in sample_haystack(
-            chosen, count, length=length, index=index, seed=seed, questions=questions, haystack=haystack
-        )
-    ]
+    return sample_haystacks(chosen, count, length=length, n=n, seed=seed, questions=questions, haystack=haystack)
 
 
 def score(sample: Sample, prediction: str) -> float:

@@ -3,10 +3,10 @@
 import hashlib
 import random
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from topmass.errors import ConfigError, DataError
 from topmass.eval.tasks.words import NOISE, Prose
@@ -20,7 +20,7 @@ __all__ = [
     "Task",
     "file_filler",
     "render",
-    "sample_haystack",
+    "sample_haystacks",
     "scatter",
 ]
 
@@ -82,7 +82,8 @@ class Haystack:
     questions: tuple[Question, ...]
 
 
-class Task(Protocol):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task(ABC):
     """One kind of question.
 
     Args:
@@ -98,9 +99,9 @@ class Task(Protocol):
     max_questions: int
     min_size: int
 
+    @abstractmethod
     def build(self, rng: random.Random, size: int, filler: Filler) -> Haystack:
         """A haystack of `size` units."""
-        ...
 
 
 def render(units: tuple[str, ...]) -> str:
@@ -149,52 +150,75 @@ def bundled_filler(kind: str | None) -> Callable[[random.Random], Filler]:
     return lambda rng: Prose() if kind == "prose" else lambda rng: rng.choice(NOISE)
 
 
-def sample_haystack(
+def sample_haystacks(
     task: Task,
     count: Callable[[str], int],
     *,
     length: int,
-    index: int,
+    n: int,
     seed: int,
     questions: int,
     haystack: str | Path | None,
 ) -> list[Sample]:
-    """The samples of one haystack; see `make_samples`."""
+    """The samples of `n` haystacks; see `make_samples`."""
     start = file_filler(haystack) if haystack is not None else bundled_filler(task.filler)
-
-    def build(size: int) -> Haystack:
-        rng = _rng(task.name, seed, length, index)
-        return task.build(rng, size, start(rng))
-
-    def longest(context: str, asked: tuple[Question, ...]) -> int:
-        return max(count(context + q.text) for q in asked) + task.max_new_tokens
-
-    smallest = build(task.min_size)
-    need = longest(render(smallest.units), smallest.questions)
-    if need > length:
+    makers = [_Maker(task, count, start, seed, index) for index in range(n)]
+    if max(m.used(m.build(task.min_size, length)) for m in makers) > length:
+        least = length
+        while (need := max(m.used(m.build(task.min_size, least)) for m in makers)) > least:
+            least = need
         raise DataError(
-            f"{task.name} does not fit into {length} tokens with this tokenizer; the smallest length that works is {need}"
+            f"{task.name} does not fit into {length} tokens with this tokenizer; the smallest length that works is {least}"
         )
-    best, size = smallest, task.min_size
-    low, high = task.min_size, None
-    rate = max((need - task.max_new_tokens) / task.min_size, 1.0)
-    while high is None or high - low > 1:  # the largest size that fits
-        size = low + max(1, int((length - need) / rate)) if high is None else (low + high) // 2
-        trial = build(size)
-        used = longest(render(trial.units), trial.questions)
-        if used <= length:
-            best, low, need = trial, size, used
-        else:
-            high = size
-    rng = _rng(task.name, seed, length, index, "pad")
-    context = _pad(render(best.units), start(rng), rng, lambda c: longest(c, best.questions) - length)
-    return [
-        Sample(
-            task=task.name, context=context, question=q.text, references=q.references, length=length, haystack=index,
-            question_id=i, seed=seed, max_new_tokens=task.max_new_tokens,
-        )
-        for i, q in enumerate(best.questions[:questions])
-    ]  # fmt: skip
+    return [sample for maker in makers for sample in maker.samples(length, questions)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Maker:
+    """Makes one haystack."""
+
+    task: Task
+    count: Callable[[str], int]
+    start: Callable[[random.Random], Filler]
+    seed: int
+    index: int
+
+    def build(self, size: int, length: int) -> Haystack:
+        rng = _rng(self.task.name, self.seed, length, self.index)
+        return self.task.build(rng, size, self.start(rng))
+
+    def used(self, built: Haystack, context: str | None = None) -> int:
+        """Tokens of the longest prompt and its answer."""
+        context = render(built.units) if context is None else context
+        return max(self.count(context + q.text) for q in built.questions) + self.task.max_new_tokens
+
+    def samples(self, length: int, questions: int) -> list[Sample]:
+        built = self._largest(length)
+        rng = _rng(self.task.name, self.seed, length, self.index, "pad")
+        context = _pad(render(built.units), self.start(rng), rng, lambda c: self.used(built, c) - length)
+        return [
+            Sample(
+                task=self.task.name, context=context, question=q.text, references=q.references, length=length,
+                haystack=self.index, question_id=i, seed=self.seed, max_new_tokens=self.task.max_new_tokens,
+            )
+            for i, q in enumerate(built.questions[:questions])
+        ]  # fmt: skip
+
+    def _largest(self, length: int) -> Haystack:
+        """The largest haystack that fits: by the tokens of a unit as far as it fits, then by bisection."""
+        low, high = self.task.min_size, None
+        best = self.build(low, length)
+        used = self.used(best)
+        rate = max((used - self.task.max_new_tokens) / low, 1.0)
+        while high is None or high - low > 1:
+            size = low + max(1, int((length - used) / rate)) if high is None else (low + high) // 2
+            trial = self.build(size, length)
+            need = self.used(trial)
+            if need <= length:
+                best, low, used = trial, size, need
+            else:
+                high = size
+        return best
 
 
 def _pad(context: str, filler: Filler, rng: random.Random, excess: Callable[[str], int]) -> str:
@@ -205,7 +229,7 @@ def _pad(context: str, filler: Filler, rng: random.Random, excess: Callable[[str
         if excess(head + longer) <= 0:
             body = longer
     for words in range(-excess(head + body) - 1, -1, -1):
-        pad = f"{('So' + _PAD * (words - 1)) if words else ''}\n"
+        pad = _PAD * words + "\n"
         if excess(head + pad + body) <= 0:
             return head + pad + body
     return head + body

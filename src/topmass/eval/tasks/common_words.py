@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from topmass.eval.tasks.base import Filler, Haystack, Question
+from topmass.eval.tasks.base import Filler, Haystack, Question, Task
 from topmass.eval.tasks.marks import PROSE, counts, lay_out
 from topmass.eval.tasks.words import NAMES, NOUNS
 
@@ -11,7 +11,7 @@ __all__ = ["CommonWords"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CommonWords:
+class CommonWords(Task):
     """Two people say the same eight words, each with a favourite; the question names the person.
 
     Chance is 1/8: counting needs the speaker of every word. One word, and its first token decides; one token in sixteen counts.

@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from topmass.eval.tasks.base import Filler, Haystack, Question
+from topmass.eval.tasks.base import Filler, Haystack, Question, Task
 from topmass.eval.tasks.marks import PROSE, counts, lay_out
 from topmass.eval.tasks.words import NOUNS, PLACES
 
@@ -11,7 +11,7 @@ __all__ = ["FrequentWords"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FrequentWords:
+class FrequentWords(Task):
     """Which three of sixteen words are heard most often at a place, the most frequent first.
 
     Chance is 3/16 for a guesser who knows the place's words. Scored by the share of the three found, in whatever order. Two

@@ -3,14 +3,14 @@
 import random
 from dataclasses import dataclass
 
-from topmass.eval.tasks.base import Filler, Haystack, Question, scatter
+from topmass.eval.tasks.base import Filler, Haystack, Question, Task, scatter
 from topmass.eval.tasks.words import FIELDS, INSTRUMENTS, NAMES
 
 __all__ = ["LatentAssociation"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LatentAssociation:
+class LatentAssociation(Task):
     """Twelve people each own a thing; the question names a field, and whoever owns the thing of that field is the answer.
 
     Matching words does not help: the reader must know that a sextant belongs to astronomy. Chance is 1/12 for a guesser who

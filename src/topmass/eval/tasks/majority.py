@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from topmass.eval.tasks.base import Filler, Haystack, Question
+from topmass.eval.tasks.base import Filler, Haystack, Question, Task
 from topmass.eval.tasks.marks import PROSE, counts, lay_out
 from topmass.eval.tasks.words import KINDS
 
@@ -11,7 +11,7 @@ __all__ = ["Majority"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Majority:
+class Majority(Task):
     """Which of eight options got the most votes, all over the context; one word, and its first token decides.
 
     Chance is 1/8. Two kinds of things are voted on, and a question is decided by one token in sixteen.

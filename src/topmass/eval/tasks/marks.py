@@ -11,7 +11,7 @@ from topmass.eval.tasks.base import Filler
 __all__ = ["counts", "lay_out"]
 
 SAMPLED = 1 / 8  # the share of the marks that a budget of 1/128 of the context can hold
-PROSE = 0.27  # sentences of prose among all units: half of the tokens
+PROSE = 0.2  # sentences of prose among all units: a little less than half of the tokens
 
 
 def counts(rng: random.Random, total: int, options: int, *, winners: int = 1, lead: float) -> list[int]:
@@ -20,17 +20,14 @@ def counts(rng: random.Random, total: int, options: int, *, winners: int = 1, le
     Args:
         lead: The last winner's lead over a loser, in standard errors of their difference among the sampled marks.
     """
-    even = total / options
-    ahead = max(2, round(lead * (2 * even / SAMPLED) ** 0.5))
+    ahead = max(2, round(lead * (2 * total / options / SAMPLED) ** 0.5))
     ahead = min(ahead, max(2, int(0.8 * total / winners)))
     step = max(1, ahead // 5) if winners > 1 else 0
-    won = winners * ahead + step * winners * (winners - 1) // 2
-    base, rest = divmod(max(total - won, options), options)
-    losers = [base] * (options - winners)
-    for _ in range(rest // 2 * 2):  # some unevenness, never above the base: what is taken off goes to no one
-        i = rng.randrange(len(losers))
-        losers[i] = max(losers[i] - 1, 0)
-    return [base + ahead + step * (winners - 1 - i) for i in range(winners)] + losers
+    won = winners * (ahead + 1) + step * winners * (winners - 1) // 2
+    base, rest = divmod(max(total - won, 0), options)
+    losers = [base + (i < rest) for i in range(options - winners)]
+    rng.shuffle(losers)
+    return [base + 1 + ahead + step * (winners - 1 - i) for i in range(winners)] + losers
 
 
 def lay_out(rng: random.Random, marks: list[str], size: int, filler: Filler) -> tuple[str, ...]:

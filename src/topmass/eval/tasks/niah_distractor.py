@@ -3,14 +3,14 @@
 import random
 from dataclasses import dataclass
 
-from topmass.eval.tasks.base import Filler, Haystack
+from topmass.eval.tasks.base import Filler, Haystack, Task
 from topmass.eval.tasks.needles import code, draw_keys, needle, question
 
 __all__ = ["NiahDistractor"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NiahDistractor:
+class NiahDistractor(Task):
     """The haystack is nothing but needles of one form, with other keys that share a word with the one asked for.
 
     Chance is 0, or one in the number of needles for a guesser who copies any code.

@@ -3,14 +3,14 @@
 import random
 from dataclasses import dataclass
 
-from topmass.eval.tasks.base import Filler, Haystack, Question, scatter
+from topmass.eval.tasks.base import Filler, Haystack, Question, Task, scatter
 from topmass.eval.tasks.needles import code, draw_keys, needle
 
 __all__ = ["NiahMultiquery"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NiahMultiquery:
+class NiahMultiquery(Task):
     """The codes of three keys are asked for at once, in the order of the question.
 
     Chance is 0. Scored by the share of the three values found, in whatever order.

@@ -3,14 +3,14 @@
 import random
 from dataclasses import dataclass
 
-from topmass.eval.tasks.base import Filler, Haystack, Question, scatter
+from topmass.eval.tasks.base import Filler, Haystack, Question, Task, scatter
 from topmass.eval.tasks.needles import code, draw_keys, needle
 
 __all__ = ["NiahMultivalue"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NiahMultivalue:
+class NiahMultivalue(Task):
     """Four needles have the same key and all four values are wanted, in the order of the text.
 
     Chance is 0. Scored by the share of the four values found, in whatever order.

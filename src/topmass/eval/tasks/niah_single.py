@@ -3,14 +3,14 @@
 import random
 from dataclasses import dataclass
 
-from topmass.eval.tasks.base import Filler, Haystack, scatter
+from topmass.eval.tasks.base import Filler, Haystack, Task, scatter
 from topmass.eval.tasks.needles import code, draw_keys, needle, question
 
 __all__ = ["NiahSingle"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NiahSingle:
+class NiahSingle(Task):
     """Find the one sentence that answers the question; the few other needles only serve the haystack's other questions.
 
     Chance is 0: there are 9000 codes. One sentence holds the answer, whatever the length.

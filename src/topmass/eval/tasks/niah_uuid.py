@@ -3,13 +3,13 @@
 import random
 from dataclasses import dataclass
 
-from topmass.eval.tasks.base import Filler, Haystack, Question, scatter
+from topmass.eval.tasks.base import Filler, Haystack, Question, Task, scatter
 
 __all__ = ["NiahUuid"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NiahUuid:
+class NiahUuid(Task):
     """Find a random identifier and copy the random identifier beside it; every twelfth sentence or so is such a pair.
 
     Chance is 0: there are 16**6 identifiers.

@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from topmass.eval.tasks.base import Filler, Haystack, Question, scatter
+from topmass.eval.tasks.base import Filler, Haystack, Question, Task, scatter
 from topmass.eval.tasks.needles import digits
 from topmass.eval.tasks.words import NOUNS
 
@@ -11,7 +11,7 @@ __all__ = ["VariableTracking"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VariableTracking:
+class VariableTracking(Task):
     """A value is given to a name, from there to another, two to four times; all names that hold it are wanted, in that order.
 
     The other chains of the haystack distract. Chance is 0, or about one in the number of chains for a guesser who knows
