@@ -11,7 +11,9 @@ import copy
 import json
 import multiprocessing as mp
 import queue
+import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3_5 import modeling_qwen3_5 as M
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 
+try:
+    import jaxtyping  # noqa: F401
+except ImportError:  # annotations only: training machines need not have it
+    hints = types.ModuleType("jaxtyping")
+    hints.Float = type("Float", (), {"__class_getitem__": classmethod(lambda cls, _: Tensor)})
+    sys.modules["jaxtyping"] = hints
 from topmass.integrations.transformers.gated_delta import chunk_gated_delta_rule
 
 CONFIG = {
