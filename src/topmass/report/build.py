@@ -23,11 +23,13 @@ class ReportPaths:
         html: One file that needs nothing else.
         markdown: The same with its figures beside it.
         figures: The figures, SVG.
+        answers: The sentences of the first screen.
     """
 
     html: Path
     markdown: Path
     figures: list[Path]
+    answers: list[str]
 
 
 def build(runs: str | Path | Iterable[str | Path], out: str | Path) -> ReportPaths:
@@ -70,6 +72,7 @@ def _write(report: Report, out: Path) -> ReportPaths:
         html=out / "report.html",
         markdown=out / "report.md",
         figures=[out / "figures" / f"{figure.name}.svg" for figure in figures],
+        answers=report.answers,
     )
     texts = {path: figure.svg for path, figure in zip(paths.figures, figures, strict=True)}
     texts |= {paths.html: _render("report.html", report), paths.markdown: _render("report.md", report)}

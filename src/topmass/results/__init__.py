@@ -1,6 +1,17 @@
 """Results on disk: schemas, run directories, statistics. Needs no torch."""
 
+from topmass.results._machine import machine as machine_facts
 from topmass.results.schema import SCHEMA_VERSION, SCHEMAS
-from topmass.results.store import LoadedRun, Run, find_runs, load_run, make_manifest
+from topmass.results.store import LoadedRun, Run, find_runs, load_run, make_manifest, same_run
 
-__all__ = ["SCHEMAS", "SCHEMA_VERSION", "LoadedRun", "Run", "find_runs", "load_run", "make_manifest"]
+__all__ = [
+    "SCHEMAS",
+    "SCHEMA_VERSION",
+    "LoadedRun",
+    "Run",
+    "find_runs",
+    "load_run",
+    "machine_facts",
+    "make_manifest",
+    "same_run",
+]

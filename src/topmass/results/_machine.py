@@ -8,14 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import topmass
+
 __all__ = ["command_line", "git_commit", "machine", "versions"]
 
-_PACKAGES = ("topmass", "torch", "transformers", "numpy", "triton")
+_PACKAGES = ("torch", "transformers", "numpy", "triton")
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that can change a result; absent ones are left out."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "topmass": topmass.__version__}
     for name in _PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

@@ -17,7 +17,7 @@ from topmass.errors import RunError
 from topmass.results import _machine
 from topmass.results.schema import SCHEMA_VERSION, SCHEMAS, Schema, check_rows, schema_of
 
-__all__ = ["LoadedRun", "Run", "find_runs", "load_run", "make_manifest"]
+__all__ = ["LoadedRun", "Run", "find_runs", "load_run", "make_manifest", "same_run"]
 
 MANIFEST, RECORDS, JOURNAL = "manifest.json", "records.parquet", "journal.jsonl"
 
@@ -240,6 +240,16 @@ def load_run(path: str | Path) -> LoadedRun:
     if manifest.get("finished") is None or not (path / RECORDS).is_file():
         raise RunError(f"{path} has no {RECORDS}, so it is not a complete run; delete it and run its command again.")
     return LoadedRun(path=path, manifest=manifest, records=_read_parquet(path / RECORDS))
+
+
+def same_run(path: str | Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether there is a complete run of this configuration, model and version at `path`."""
+    path = Path(path)
+    if not (path / RECORDS).is_file():
+        return False
+    stored = _read_manifest(path)
+    key = manifest.get("key") or list(schema_of(manifest["kind"]).key)
+    return stored.get("finished") is not None and not _difference(stored, {**manifest, "key": key})
 
 
 def find_runs(path: str | Path) -> list[Path]:

@@ -1,0 +1,96 @@
+"""What the commands share: words for people on stderr, JSON on stdout, runs with progress."""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from topmass.cli._progress import Callback, progress
+from topmass.results import Run, load_run, make_manifest, same_run
+
+__all__ = ["DType", "emit", "load", "print_table", "run_name", "say", "write_run"]
+
+DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+
+
+def say(text: str) -> None:
+    """Tell people something."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def emit(value: Any) -> None:
+    """Print JSON for programs; what is not a number is null."""
+    print(json.dumps(_finite(value), ensure_ascii=False, indent=2))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """Print a table for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, title=title, title_justify="left", box=None, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    Console(stderr=True).print(table)
+
+
+def run_name(kind: str, model: str) -> Path:
+    """Where a run goes when `--out` does not say."""
+    name = Path(model).name or model
+    return Path("runs") / f"{kind}-{name.replace('/', '-')}"
+
+
+def load(model: str, dtype: DType, device: str) -> tuple[Any, Any, dict[str, Any]]:
+    """Load a model and its tokenizer; also what a manifest says of them."""
+    from topmass.integrations.transformers.load import describe_device, load_model, weights_hash
+
+    say(f"loading {model}")
+    loaded, tokenizer = load_model(model, dtype=None if dtype == "auto" else dtype, device=device)
+    facts = {"model": model, "weights_hash": weights_hash(loaded), "device": describe_device(loaded)}
+    return loaded, tokenizer, facts
+
+
+def write_run(
+    kind: str,
+    out: Path,
+    config: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    work: Callable[[Run, Callback], object],
+    *,
+    seed: int,
+    overwrite: bool,
+    reuse: bool = False,
+) -> Path:
+    """Do the work of a run in its directory, resuming what is there.
+
+    Args:
+        kind: Kind of the run.
+        out: The directory.
+        config: The resolved configuration.
+        facts: Model, weights and device.
+        work: Appends rows to the run.
+        seed: Seed of the samples.
+        overwrite: Replace a complete run.
+        reuse: Keep a complete run of the same configuration instead.
+    """
+    manifest = make_manifest(kind, config, seeds={"samples": seed}, **facts)
+    if reuse and same_run(out, manifest):
+        say(f"{out} is complete already")
+        return out
+    with Run.open(out, manifest, overwrite=overwrite) as run, progress(kind) as report:
+        if run.resumed:
+            say(f"resuming {out}: {run.resumed} rows are there")
+        work(run, report)
+        path = run.finish()
+    say(f"wrote {path} ({len(load_run(path).records)} rows)")
+    return path

@@ -1,0 +1,222 @@
+"""`topmass eval`."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cyclopts import Parameter
+
+from topmass.cli._common import DType, emit, load, print_table, run_name, say, write_run
+from topmass.errors import ConfigError
+
+if TYPE_CHECKING:
+    from topmass.report.aggregate import EvalTable
+
+__all__ = ["EvalConfig", "evaluate", "run_eval"]
+
+Baseline = Literal["streaming", "random", "pooled", "previous_layer"]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalConfig:
+    """What to evaluate; dense attention always runs on the same samples.
+
+    Attributes:
+        tasks: Task names; none means all.
+        lengths: Prompt and answer together, in the model's tokens.
+        haystacks: Haystacks per task and length.
+        questions: Questions per haystack.
+        budgets: Keys per query: tokens, `5%`, or `mass:0.95<=4096`.
+        q_blocks: Queries that share one selection, powers of two.
+        kv_blocks: Keys taken together, powers of two.
+        grid: `cross` runs every pair of q_block and kv_block, `axes` varies one while the other is 1.
+        share: Heads that share one selection.
+        pool: Score of a group from its tokens.
+        sink: Keys always kept at the start.
+        window: Keys always kept up to and including the query's own.
+        baselines: Selectors that run beside the oracle at the same budgets in tokens.
+        decode: How generated positions attend.
+        haystack: UTF-8 text file that replaces the bundled filler.
+        batch_tokens: Prompt tokens computed together.
+        seed: Seed of the samples.
+    """
+
+    tasks: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = (4096,)
+    haystacks: int = 20
+    questions: int = 1
+    budgets: tuple[str, ...] = ("32", "128", "512")
+    q_blocks: tuple[int, ...] = (1,)
+    kv_blocks: tuple[int, ...] = (1,)
+    grid: Literal["cross", "axes"] = "cross"
+    share: Literal["layer", "kv_head", "q_head"] = "layer"
+    pool: Literal["sum", "max"] = "sum"
+    sink: int = 0
+    window: int = 1
+    baselines: tuple[Baseline, ...] = ()
+    decode: Literal["dense", "sparse"] = "dense"
+    haystack: Path | None = None
+    batch_tokens: int = 4096
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("haystacks", "questions", "batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+
+DEFAULTS = EvalConfig()
+
+
+def evaluate(
+    model: str,
+    /,
+    settings: EvalConfig = DEFAULTS,
+    *,
+    out: Path | None = None,
+    dtype: DType = "auto",
+    device: str = "auto",
+    overwrite: bool = False,
+    json: bool = False,
+    config: Path | None = None,
+) -> None:
+    """Score selectors on long-context tasks, on the same samples as dense attention.
+
+    Args:
+        model: `reference`, a directory, or a hub id.
+        out: Run directory; default `runs/eval-MODEL`.
+        dtype: Type of the weights.
+        device: `cpu`, `cuda`, `mps`; `auto` takes the fastest.
+        overwrite: Replace a complete run.
+        json: Print scores and paired differences as JSON.
+        config: Recipe (TOML) with a table `[eval]`.
+    """
+    selectors(settings)  # complain before loading
+    out = out or run_name("eval", model)
+    table = run_eval(*load(model, dtype, device), settings, out=out, overwrite=overwrite)
+    rows = summary(table)
+    header = ["length", "configuration", "achieved keys", "score (%)", "dense minus this (points)"]
+    print_table("mean over tasks, 95 % intervals", header, [list(map(str, row.values())) for row in map(_shown, rows)])
+    say(f"next: topmass report {out}")
+    if json:
+        emit({"run": str(out), "cells": rows})
+
+
+def run_eval(
+    model: Any,
+    tokenizer: Any,
+    facts: dict[str, Any],
+    settings: EvalConfig,
+    *,
+    out: Path,
+    overwrite: bool = False,
+    reuse: bool = False,
+) -> "EvalTable":
+    """Evaluate a loaded model into a run directory."""
+    import topmass
+    from topmass.report.aggregate import EvalTable
+    from topmass.results import load_run
+
+    path = write_run(
+        "eval",
+        out,
+        asdict(settings) | {"haystack": str(settings.haystack) if settings.haystack else None},
+        facts,
+        lambda run, report: topmass.evaluate(
+            model,
+            tokenizer,
+            tasks=settings.tasks or None,
+            lengths=settings.lengths,
+            n=settings.haystacks,
+            seed=settings.seed,
+            questions=settings.questions,
+            selectors=selectors(settings),
+            decode=settings.decode,
+            haystack=settings.haystack,
+            batch_tokens=settings.batch_tokens,
+            run=run,
+            progress=report,
+        ),
+        seed=settings.seed,
+        overwrite=overwrite,
+        reuse=reuse,
+    )
+    return EvalTable([load_run(path)])
+
+
+def selectors(settings: EvalConfig) -> dict[str, Any]:
+    """Every configuration that the settings ask for, by label.
+
+    Raises:
+        ConfigError: A budget cannot be read, or none can hold sink, window and one key group.
+    """
+    import topmass
+    from topmass.eval.settings import Infeasible, label, oracle_grid
+
+    budgets = [str(topmass.Budget.parse(b)) for b in settings.budgets]
+    pairs = [(settings.q_blocks, settings.kv_blocks)]
+    if settings.grid == "axes":
+        pairs = [(settings.q_blocks, (1,)), ((1,), settings.kv_blocks)]
+    found: dict[str, Any] = {}
+    for q_blocks, kv_blocks in pairs:
+        fixed = {"share": settings.share, "pool": settings.pool, "sink": settings.sink, "window": settings.window}
+        found |= oracle_grid(budgets, q_blocks, kv_blocks, **fixed)
+    oracles = [s for name, s in found.items() if name != "dense"]
+    if oracles and all(isinstance(s, Infeasible) for s in oracles):
+        raise ConfigError(oracles[0].reason)
+    for kind in settings.baselines:
+        made = [_baseline(kind, int(b), settings.seed) for b in budgets if b.isdigit()]
+        found |= {label(s): s for s in made}
+    return found
+
+
+def _baseline(kind: Baseline, budget: int, seed: int) -> Any:
+    import topmass
+    from topmass.eval.settings import Infeasible
+
+    try:
+        if kind == "streaming":
+            sink = min(4, budget // 2)
+            return topmass.StreamingSelector(sink=sink, window=budget - sink)
+        if kind == "random":
+            return topmass.RandomSelector(budget=budget, seed=seed)
+        return {"pooled": topmass.PooledSelector, "previous_layer": topmass.PreviousLayerSelector}[kind](budget=budget)
+    except ConfigError as error:
+        return Infeasible(settings={"selector": kind, "budget": str(budget)}, reason=str(error))
+
+
+def summary(table: "EvalTable") -> list[dict[str, Any]]:
+    """One entry per length and configuration, mean over tasks."""
+    cells = [table.cell(n, s) for n in table.lengths for s in table.settings]
+    return [
+        {
+            "length": c.length,
+            "setting": asdict(c.setting),
+            "status": "infeasible" if c.infeasible else "ok",
+            "keys_read_mean": c.keys,
+            "score": asdict(c.score) if c.score else None,
+            "loss": asdict(c.loss) if c.loss else None,
+        }
+        for c in cells
+        if c is not None
+    ]
+
+
+def _shown(entry: dict[str, Any]) -> dict[str, str]:
+    s = entry["setting"]
+    blocks = "" if s["selector"] == "dense" else f" b={s['budget']} q{s['q_block']} k{s['kv_block']} {s['share']}"
+    feasible = entry["status"] == "ok"
+    return {
+        "length": str(entry["length"]),
+        "configuration": s["selector"] + blocks,
+        "keys": f"{entry['keys_read_mean']:,.0f}" if feasible else "-",
+        "score": _interval(entry["score"]) if feasible else "infeasible",
+        "loss": _interval(entry["loss"]),
+    }
+
+
+def _interval(interval: dict[str, float] | None) -> str:
+    if interval is None:
+        return ""
+    return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * interval[name] for name in ("point", "low", "high")))
