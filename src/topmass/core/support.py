@@ -72,9 +72,15 @@ class Support:
         """Join the supports of consecutive chunks of the same sequences.
 
         Raises:
-            ConfigError: A chunk starts inside a query block of the chunk before it: one block, two selections.
+            ConfigError: A chunk starts inside a query block of the chunk before it (one block, two selections), or the
+                granularities differ.
         """
         first = parts[0]
+        if len(kinds := {part.granularity for part in parts}) > 1:
+            raise ConfigError(
+                f"Supports of different granularity ({', '.join(sorted(map(str, kinds)))}) cannot be joined: join their "
+                "per_query()."
+            )
         end = first.q_start
         for part in parts:
             if part.q_start != end or (end % first.granularity.q_block and part is not first):
@@ -107,6 +113,18 @@ class Support:
             dense_len=self.dense_len[lo:hi],
             q_start=self.q_start + start,
             q_len=stop - start,
+        )
+
+    def per_query(self) -> "Support":
+        """The same keys with a row of groups for every query."""
+        block = self.block_of(self.positions())
+        return replace(
+            self,
+            groups=self.groups.index_select(2, block),
+            counts=self.counts.index_select(2, block),
+            window_start=self.window_start[block],
+            dense_len=self.dense_len[block],
+            granularity=replace(self.granularity, q_block=1),
         )
 
     def positions(self) -> Int[Tensor, " q_len"]:

@@ -1,5 +1,6 @@
 """Baselines that an oracle and an indexer must beat, and supports that come from outside."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -9,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from topmass.core.granularity import Granularity
+from topmass.core.plan import Plan
 from topmass.core.rule import SupportRule
 from topmass.core.support import Support
 from topmass.errors import ConfigError
@@ -125,9 +127,18 @@ class PooledSelector(RankedSelector):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreviousLayerSelector(OracleSelector):
-    """Each layer reads the keys that the oracle found for the full-attention layer before it; the first its own."""
+    """Each layer reads the keys that the oracle found for the full-attention layer before it; the first its own.
+
+    Raises:
+        ConfigError: The budget is a plan: a support found under one layer's budget is not another's.
+    """
 
     name: ClassVar[str] = "previous_layer"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.budget, Plan):
+            raise ConfigError("The previous_layer selector needs one budget for all layers, not a plan.")
+        OracleSelector.__post_init__(self)
 
     def select(self, inputs: AttentionInputs) -> Support:
         own = OracleSelector.select(self, inputs)
@@ -165,7 +176,14 @@ class ExternalSelector(Selector):
         return support.rows(start, stop)
 
     def config(self) -> dict[str, Any]:
-        return {"selector": self.name, "layers": sorted(self.supports)}
+        return {"selector": self.name, "supports": {i: _digest(s) for i, s in sorted(self.supports.items())}}
+
+
+def _digest(support: Support) -> str:
+    digest = hashlib.sha256(f"{support.granularity} {support.sink} {support.q_start} {support.q_len}".encode())
+    for part in (support.groups, support.counts, support.window_start, support.dense_len):
+        digest.update(repr(tuple(part.shape)).encode() + part.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _refuse_mass(name: str, rule: SupportRule) -> None:
