@@ -52,8 +52,13 @@ def run_name(kind: str, model: str) -> Path:
 
 def load(model: str, dtype: DType, device: str) -> tuple[Any, Any, dict[str, Any]]:
     """Load a model and its tokenizer; also what a manifest says of them."""
+    from transformers.utils import logging
+
     from topmass.integrations.transformers.load import describe_device, load_model, weights_hash
 
+    # one bar at a time, and that one ours
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     say(f"loading {model}")
     loaded, tokenizer = load_model(model, dtype=None if dtype == "auto" else dtype, device=device)
     facts = {"model": model, "weights_hash": weights_hash(loaded), "device": describe_device(loaded)}

@@ -183,7 +183,8 @@ def _baseline(kind: Baseline, budget: int, seed: int) -> Any:
             return topmass.RandomSelector(budget=budget, seed=seed)
         return {"pooled": topmass.PooledSelector, "previous_layer": topmass.PreviousLayerSelector}[kind](budget=budget)
     except ConfigError as error:
-        return Infeasible(settings={"selector": kind, "budget": str(budget)}, reason=str(error))
+        kv_block = 16 if kind == "pooled" else 1
+        return Infeasible(settings={"selector": kind, "budget": str(budget), "kv_block": kv_block}, reason=str(error))
 
 
 def summary(table: "EvalTable") -> list[dict[str, Any]]:

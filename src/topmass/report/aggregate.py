@@ -52,6 +52,11 @@ class Setting:
         """Whether the selection looks at no later query."""
         return self.q_block == 1 or self.selector in {"dense", "streaming", "random"}
 
+    def family(self) -> "Setting":
+        """The setting without its budget, which for a streaming selector is its sink and window."""
+        fixed = replace(self, budget=None)
+        return replace(fixed, sink=0, window=0) if self.selector == "streaming" else fixed
+
     def variant(self) -> "Setting":
         """The setting without budget and granularity: what a comparison over those holds fixed."""
         return replace(self, budget=None, q_block=1, kv_block=1)
@@ -181,6 +186,20 @@ class EvalTable:
         """Whether the setting belongs to the oracle that is compared over budgets and granularities."""
         return self.variant is not None and setting.variant() == self.variant
 
+    @functools.cached_property
+    def _families(self) -> dict[str, Setting]:
+        """Of every selector, the per-query variant that figures show."""
+        families: dict[str, Setting] = {}
+        for s in sorted((s for s in self.settings if s.q_block == 1), key=_plainness):
+            families.setdefault(s.selector, s.family())
+        return families
+
+    def shown(self, setting: Setting) -> bool:
+        """Whether figures over budgets show the setting: one causal variant of each selector."""
+        if setting.selector == "oracle":
+            return self.oracle(setting) and setting.per_query
+        return setting.family() == self._families.get(setting.selector)
+
     def answer(self, length: int) -> Cell | None:
         """The cell with the fewest achieved keys among the per-query oracles that are as good as dense."""
         cells = self.cells(lambda s: self.oracle(s) and s.per_query)
@@ -195,7 +214,7 @@ class AuditTable:
         for run in runs:
             for row in run.records:
                 if row["value"] is not None:
-                    key = (row["q_len"], Setting.of(row), row["layer"], row["metric"])
+                    key = (_nominal(run, row["q_len"]), Setting.of(row), row["layer"], row["metric"])
                     self._values.setdefault(key, {})[run.id, row["text"]] = row["value"]
         self.lengths = sorted({key[0] for key in self._values})
         self.settings = sorted({key[1] for key in self._values}, key=_setting_order)
@@ -237,6 +256,12 @@ class AuditTable:
         return sorted(found, key=lambda entry: entry[:2])
 
 
+def _nominal(run: LoadedRun, q_len: int) -> int:
+    """Length that the run asked for, if the text has nearly that length."""
+    asked = run.manifest["config"].get("length")
+    return asked if isinstance(asked, int) and 0.8 * asked <= q_len <= asked else q_len
+
+
 def _setting_order(setting: Setting) -> tuple[Any, ...]:
     return (
         setting.selector,
@@ -253,9 +278,11 @@ def _setting_order(setting: Setting) -> tuple[Any, ...]:
 
 def _plainest(settings: Iterable[Setting]) -> Setting | None:
     """The variant nearest to plain top-k, which the other granularities are compared with."""
-    variants = {s.variant() for s in settings}
-    order = sorted(variants, key=lambda s: (s.decode != "dense", s.dense_below, s.pool != "sum", s.sink, s.window))
-    return order[0] if order else None
+    return min((s.variant() for s in settings), key=_plainness, default=None)
+
+
+def _plainness(s: Setting) -> tuple[Any, ...]:
+    return s.decode != "dense", s.dense_below, s.share != "layer", s.pool != "sum", s.sink, s.window, s.kv_block
 
 
 def _sample(row: Row) -> Sample:

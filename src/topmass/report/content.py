@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from topmass.report import figures
-from topmass.report.aggregate import AuditTable, Cell, EvalTable, Setting, budget_order
+from topmass.report.aggregate import ENOUGH_POINT, AuditTable, Cell, EvalTable, Setting, budget_order
 from topmass.report.figures import label_of, tokens
 from topmass.results import LoadedRun
 from topmass.results.stats import Interval
@@ -136,18 +136,34 @@ def _eval_answer(table: EvalTable, length: int) -> str:
         return f"At {tokens(length)} tokens: no per-query oracle was run beside dense attention."
     cell = table.answer(length)
     if cell is None or cell.loss is None:
-        best = max(tried, key=lambda c: c.keys)
-        return (
-            f"At {tokens(length)} tokens: more than {_budget(best.setting)}, the largest budget that was run, "
-            f"which is {_below(best.loss)} on {tasks} tasks."
-        )
+        return _unanswered(table, length, tried)
     smallest = " (the smallest that was run)" if cell is tried[0] else ""
     assert cell.score is not None
     return (
         f"At {tokens(length)} tokens: {_budget(cell.setting)} per query are enough{smallest}, {_share(cell)}. The "
-        f"oracle scores {_points(cell.score.point)} %, {_below(cell.loss)}, on {tasks} tasks with "
+        f"oracle scores {_points(cell.score.point)} %, {_below(cell.loss)}, on {_tasks(table, length)} with "
         f"{cell.loss.clusters // tasks} haystacks each."
     )
+
+
+def _unanswered(table: EvalTable, length: int, tried: Sequence[Cell]) -> str:
+    """No budget is as good as dense beyond doubt: for want of budget, or of samples?"""
+    close = next((c for c in tried if c.loss and c.loss.point <= ENOUGH_POINT), None)
+    if close is None:
+        most = max(tried, key=lambda c: c.keys)
+        return (
+            f"At {tokens(length)} tokens: more than {_budget(most.setting)}, the largest budget that was run, which is "
+            f"{_below(most.loss)} on {_tasks(table, length)}."
+        )
+    return (
+        f"At {tokens(length)} tokens: not decided. With {_budget(close.setting)} per query, {_share(close)}, the oracle is "
+        f"{_below(close.loss)} on {_tasks(table, length)}; more haystacks would narrow the interval."
+    )
+
+
+def _tasks(table: EvalTable, length: int) -> str:
+    n = len(table.tasks_at(length))
+    return "1 task" if n == 1 else f"{n} tasks"
 
 
 def _budget(setting: Setting) -> str:
@@ -342,7 +358,7 @@ def _conditions(table: EvalTable) -> str:
     decode = {s.decode for s in table.settings}
     counts = {c.score.clusters for n in table.lengths if dense and (c := table.cell(n, dense)) and c.score}
     many = " to ".join(f"{k:,}" for k in sorted({min(counts), max(counts)})) if counts else "?"
-    return f"{len(table.tasks)} tasks, {many} haystacks a length in all; prefill sparse, decoding {'/'.join(sorted(decode))}."
+    return f"Tasks: {', '.join(table.tasks)}; {many} haystacks a length in all; prefill sparse, decoding {'/'.join(sorted(decode))}."
 
 
 # -- audit

@@ -75,7 +75,7 @@ def write_png(chart: alt.TopLevelMixin, *, scale: float = 2.0) -> bytes:
 
 def accuracy_by_keys(table: EvalTable) -> alt.TopLevelMixin | None:
     """Macro score against achieved keys, one panel a length, one line a selector."""
-    cells = table.cells(lambda s: s.per_query and _main(table, s))
+    cells = table.cells(table.shown)
     panels = [_score_panel(table, [c for c in cells if c.length == n], n) for n in table.lengths]
     panels = [p for p in panels if p is not None]
     return _finish(alt.concat(*panels, columns=3, spacing=14)) if panels else None
@@ -85,13 +85,13 @@ def accuracy_by_task(table: EvalTable, length: int) -> alt.TopLevelMixin | None:
     """Score against achieved keys at one length, one small panel a task."""
     panels = []
     for task in table.tasks_at(length):
-        cells = [c for c in table.cells(lambda s: s.per_query and _main(table, s), task=task) if c.length == length]
+        cells = [c for c in table.cells(table.shown, task=task) if c.length == length]
         if cells:
             base = _lines(cells, _band(cells), width=205, height=130, title=task, x_title="", y_title="")
             panels.append(base)
     if not panels:
         return None
-    selectors = sorted({s.selector for s in table.settings if _main(table, s)}, key=_order)
+    selectors = sorted({s.selector for s in table.settings if table.shown(s)}, key=_order)
     chart = alt.concat(*panels, columns=4, spacing=12)
     return _finish(alt.vconcat(_legend([(label_of(s), PALETTE.get(s, _INK)) for s in selectors]), chart, spacing=6))
 
@@ -211,11 +211,6 @@ def union_growth(table: AuditTable) -> alt.TopLevelMixin | None:
         )
     title = f"{tokens(length)} tokens, budget {setting.budget}"
     return _finish(chart.properties(width=420, height=230, title=title))
-
-
-def _main(table: EvalTable, setting: Setting) -> bool:
-    """Dense, baselines, and of the oracles the one that is compared over budgets."""
-    return setting.selector != "oracle" or table.oracle(setting)
 
 
 def _order(selector: str) -> int:
