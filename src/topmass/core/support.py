@@ -115,6 +115,10 @@ class Support:
             q_len=stop - start,
         )
 
+    def sequence(self, i: int) -> "Support":
+        """The part for one sequence of the batch."""
+        return replace(self, groups=self.groups[i : i + 1], counts=self.counts[i : i + 1])
+
     def per_query(self) -> "Support":
         """The same keys with a row of groups for every query."""
         block = self.block_of(self.positions())

@@ -5,11 +5,13 @@ name to `topmass`; layers that it does not cover are handed on to the function t
 function expects. Covered layers get the two-dimensional padding mask, so that nothing is ever `N x N`.
 """
 
+import inspect
 import sys
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -64,6 +66,7 @@ class LayerCall:
         return self.k.shape[1] - self.q.shape[1]
 
 
+@runtime_checkable
 class Attend(Protocol):
     """What a session calls: attention of one layer call, and the start of each forward."""
 
@@ -83,13 +86,17 @@ class Session:
         self.decoder, self.layers = find_layers(model)
         self.attend = attend
         self._layer_of = {id(m): i for i, m in self.layers.items()}
+        self._own = {id(m) for m in self.decoder.modules()}
         self._configs: list[Any] = list({id(m.config): m.config for m in self.layers.values()}.values())
         self._original: list[str] = []
         self._hook: Any = None
 
     def __enter__(self) -> "Session":
         if any(id(c) in _BY_CONFIG for c in self._configs):
-            raise ConfigError("This model is already inside topmass.sparsify or an audit; leave that block first.")
+            raise ConfigError(
+                "This model, or one that shares its configuration object, is already inside topmass.sparsify or an audit; "
+                "leave that block first."
+            )
         if not _BY_CONFIG:
             ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
             ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
@@ -120,7 +127,9 @@ class Session:
         return next(o for c, o in zip(self._configs, self._original, strict=True) if c is config)
 
     def _before_forward(self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        if args:
+            kwargs = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+        ids = kwargs.get("input_ids")
         given = ids if ids is not None else kwargs.get("inputs_embeds")
         if given is not None and given.shape[1] == 0:
             raise DataError("The prompt is empty; give at least one token.")
@@ -150,8 +159,9 @@ class Session:
 
 
 _NOT_CAUSAL = (
-    "Full-attention layers received a mask that is not causal plus padding (packed sequences, a custom 4-D mask, or image "
-    "tokens that see each other); run the sequences one by one, or as a padded batch with a 2-D attention_mask."
+    "Full-attention layers received a mask that is not causal plus padding (packed sequences, a custom 4-D mask, "
+    "bidirectional attention, or image tokens that see each other); run the sequences one by one, or as a padded batch with "
+    "a 2-D attention_mask."
 )
 
 
@@ -172,12 +182,16 @@ def _attention(
         return _hand_on(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, kwargs)
     if dropout:
         raise UnsupportedModelError("Attention dropout is on; call model.eval() before topmass.")
-    if attention_mask is not None and attention_mask.ndim != 2:
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    # no mask at all was made by another mask function, which leaves the rest to a kernel's own flags
+    if attention_mask is None or attention_mask.ndim != 2 or not causal:
         raise UnsupportedModelError(_NOT_CAUSAL)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     settings = {"scale": scale, "softcap": softcap, "sinks": s_aux}
-    return session.run(session._layer_of[id(module)], q, k, v, attention_mask, **settings), None
+    mask = attention_mask if attention_mask.numel() else None
+    return session.run(session._layer_of[id(module)], q, k, v, mask, **settings), None
 
 
 def _hand_on(
@@ -193,7 +207,12 @@ def _hand_on(
     kwargs: dict[str, Any],
 ) -> Any:
     # a layer of the same model that topmass leaves alone (sliding window, for example)
-    session = _BY_CONFIG[id(module.config)]
+    session = _BY_CONFIG.get(id(module.config))
+    if session is None or id(module) not in session._own:
+        raise ConfigError(
+            "Another model was built from the configuration object of a model inside topmass.sparsify, or copied from that "
+            "model, and would run with the wrong mask; give it a configuration of its own, or run it outside the block."
+        )
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     original: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(session.original(module.config), eager)  # pyright: ignore
     extra = {k: v for k, v in (("softcap", softcap), ("s_aux", s_aux)) if v is not None}
@@ -208,22 +227,32 @@ def _mask(
     config: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
+    # causal: an empty mask without padding, else the padding mask; never None, which says nothing of causality
     if mask_function is not causal_mask_function:
-        original = _BY_CONFIG[id(config)].original(config)
-        build = ALL_MASK_ATTENTION_FUNCTIONS[original]
+        session = _BY_CONFIG.get(id(config))
+        build = ALL_MASK_ATTENTION_FUNCTIONS.get(session.original(config)) if session else None
+        if build is None:  # as transformers does for an attention without a mask function
+            return None
         return build(
             kv_length=kv_length, mask_function=mask_function, attention_mask=attention_mask, config=config, **kwargs
         )
     if attention_mask is None:
-        return None
+        return torch.empty(0, 0, dtype=torch.bool)
+    if attention_mask.shape[1] < kv_length:
+        raise DataError(
+            f"attention_mask covers {attention_mask.shape[1]} of {kv_length} positions; with a cache it has to cover the "
+            "cached tokens too."
+        )
     real = attention_mask[:, :kv_length].bool()
-    return None if bool(real.all()) else real
+    return real[:0, :0] if bool(real.all()) else real
 
 
 def _check_cache_layer(cache: Any, layer: int) -> None:
     layers = getattr(cache, "layers", None)
     if layers is None:
         raise UnsupportedModelError(f"A cache of type {type(cache).__name__} is not supported; use DynamicCache.")
+    if getattr(cache, "offloading", False):
+        raise UnsupportedModelError("The cache is offloaded; topmass reads every key of a layer, so use a plain DynamicCache.")
     # a cache grows its layers as they are written
     if layer < len(layers) and type(layers[layer]) not in (DynamicLayer, LinearAttentionAndFullAttentionLayer):
         raise UnsupportedModelError(

@@ -66,7 +66,10 @@ def find_layers(model: nn.Module) -> tuple[PreTrainedModel, dict[int, nn.Module]
             f"{', '.join(list_families())}. Other causal GQA models: topmass.integrations.transformers.families.register_family."
         )
     # the innermost model holds the layers and receives the cache
-    decoder = known[-1]
+    inner = [m for m in known if not any(o is not m and o in known for o in m.modules())]
+    if len(inner) > 1:
+        raise UnsupportedModelError(f"{type(model).__name__} holds {len(inner)} language models; pass one of them.")
+    decoder = inner[0]
     family = _FAMILIES[decoder.config.model_type]
     modules = [m for m in decoder.modules() if type(m).__name__ == family.attention]
     full = {m.layer_idx: m for m in modules if _is_full(decoder, m.layer_idx)}
@@ -90,4 +93,6 @@ def _reason(model: PreTrainedModel) -> str:
         return " (encoder-decoder: cross-attention has no causal support)"
     if getattr(config, "kv_lora_rank", None):
         return " (latent attention: keys are not per KV head)"
+    if not getattr(config, "is_decoder", True):
+        return " (an encoder: tokens see what comes after them)"
     return ""

@@ -116,14 +116,20 @@ class Run:
         """Recorded supports by layer, the chunks of a prompt joined; for a padded batch one support per sequence.
 
         Raises:
-            ConfigError: `record_support` is off, or chunks met inside a query block.
+            ConfigError: `record_support` is off, chunks met inside a query block, or several prompts ran without `clear`.
         """
         if not self.record_support:
             raise ConfigError("Supports were not recorded; pass record_support=True to sparsify.")
         joined = {}
         for layer, samples in self._parts.items():
-            each = [Support.cat(samples[i]) for i in sorted(samples, key=lambda i: -1 if i is None else i)]
-            joined[layer] = each[0] if None in samples else each
+            whole = samples.get(None, [])
+            padded = {i: parts for i, parts in samples.items() if i is not None}
+            if not padded:
+                joined[layer] = _join(whole)
+                continue
+            # chunks before the first padding were read as one batch
+            rows = range(whole[0].groups.shape[0]) if whole else sorted(padded)
+            joined[layer] = [_join([p.sequence(i) for p in whole] + padded.get(i, [])) for i in rows]
         return joined
 
     def clear(self) -> None:
@@ -246,6 +252,16 @@ def sparsify(
     with Session(model, run) as session:
         run.receipt = Receipt({i: LayerReceipt(layer=i) for i in sorted(session.layers)})
         yield run
+
+
+def _join(parts: list[Support]) -> Support:
+    # generated positions select per query, whatever the prompt did
+    if len({part.granularity for part in parts}) > 1:
+        parts = [part.per_query() for part in parts]
+    try:
+        return Support.cat(parts)
+    except ConfigError as error:
+        raise ConfigError(f"{error} Between prompts call run.clear().") from error
 
 
 def _chunks(call: LayerCall, rule: SupportRule) -> Iterator[tuple[int, int]]:
