@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,46 @@ def test_audit_writes_a_plan(cli, model: Path) -> None:
     assert set(result.json["plan"]) == {"0", "1"}
     assert {str(k): str(v) for k, v in topmass.Plan.load("plan.toml").layers.items()} == result.json["plan"]
     assert cli("report", "runs/audit").code == 0
+
+
+def test_audit_of_own_text(cli, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("The quick brown fox jumps over the lazy dog. " * 30)
+    argv = (
+        "audit",
+        model,
+        "--text",
+        "book.txt",
+        "--length",
+        100,
+        "--budgets",
+        16,
+        "--forwards",
+        "dense",
+        "--out",
+        "run",
+    )
+    result = cli(*argv, "--texts", 9)
+    assert result.code == 0, result.err
+    assert "warning: --texts and --seed have no effect with --text" in result.err
+    assert {r["q_len"] for r in load_run("run").records} == {100}
+
+
+def test_demo_reports_and_keeps_what_is_complete(cli, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from topmass.cli import demo
+
+    monkeypatch.setattr(demo, "AUDIT", replace(demo.AUDIT, length=256, texts=1, budgets=("16",)))
+    small = replace(demo.EVAL, tasks=("niah_single",), lengths=(512,), haystacks=1, budgets=("64",))
+    monkeypatch.setattr(demo, "EVAL", small)
+    load = demo.load
+    monkeypatch.setattr(demo, "load", lambda name, *args: load(str(model), *args))
+    result = cli("demo", "--out", "runs/demo", "--json", "--device", "cpu")
+    assert result.code == 0, result.err
+    assert result.json["answers"][0].startswith("At 512 tokens")
+    assert Path(result.json["html"]).is_file()
+    again = cli("demo", "--out", "runs/demo", "--device", "cpu")
+    assert again.code == 0, again.err
+    assert "runs/demo/audit is complete already" in again.err
+    assert "runs/demo/eval is complete already" in again.err
 
 
 def test_recipe_sets_options_and_the_command_line_wins(cli, model: Path, tmp_path: Path) -> None:

@@ -95,5 +95,5 @@ def test_audit_clusters_by_text(audit_rows, make_run) -> None:
 
 
 def test_budgets_sort_by_size() -> None:
-    budgets = ["mass:0.95<=512", "1024", "5%", "64", "12.5%"]
-    assert sorted(budgets, key=budget_order) == ["64", "1024", "5%", "12.5%", "mass:0.95<=512"]
+    budgets = ["mass:0.95<=512", "1024", "5%", "64", "100/3%"]
+    assert sorted(budgets, key=budget_order) == ["64", "1024", "5%", "100/3%", "mass:0.95<=512"]

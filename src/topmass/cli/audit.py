@@ -141,6 +141,8 @@ def run_audit(
 def _texts(tokenizer: Any, settings: AuditConfig) -> list[list[int]]:
     """Token ids of the texts to audit."""
     if settings.text:
+        if (settings.texts, settings.seed) != (DEFAULTS.texts, DEFAULTS.seed):
+            say("warning: --texts and --seed have no effect with --text")
         return [_read(path, tokenizer, settings.length) for path in settings.text]
     import topmass
 

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 from topmass.results import LoadedRun
@@ -101,7 +102,7 @@ def budget_order(budget: str | None) -> tuple[int, float, str]:
     if text.isdigit():
         return 0, float(text), text
     if text.endswith("%"):
-        return 1, float(text[:-1]), text
+        return 1, float(Fraction(text[:-1])), text
     return 2, 0.0, text
 
 

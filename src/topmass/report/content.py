@@ -26,11 +26,13 @@ class Figure:
         name: File name without suffix, unique in the report.
         svg: The picture.
         caption: What it shows and under which conditions.
+        folded: Whether HTML shows it only when asked.
     """
 
     name: str
     svg: str
     caption: str
+    folded: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,7 +231,7 @@ def _accuracy_section(table: EvalTable) -> Section:
     _add(items, "accuracy", figures.accuracy_by_keys(table), caption)
     for n in table.lengths:
         caption = f"The same for each task at {tokens(n)} tokens; x: achieved keys per query, y: score (%)."
-        _add(items, f"tasks-{n}", figures.accuracy_by_task(table, n), caption)
+        _add(items, f"tasks-{n}", figures.accuracy_by_task(table, n), caption, folded=n != table.lengths[-1])
     items += [_dense_table(table)]
     return Section(title="Accuracy against achieved keys", items=items)
 
@@ -382,7 +384,10 @@ def _mass_section(table: AuditTable) -> Section:
     caption = "Per-layer plan: smallest budget that retains the mass; bars are 95 % intervals over texts."
     _add(items, "plan", figures.per_layer_plan(table), caption)
     items += _plan_tables(table)
-    items += [t for n in table.lengths if (t := _granularity_table(table, n))]
+    for n in table.lengths:
+        caption = f"Granularity of selection at {tokens(n)} tokens, at achieved keys; 95 % intervals over texts."
+        _add(items, f"granularity-mass-{n}", figures.granularity_mass(table, n), caption)
+        items += [t for t in [_granularity_table(table, n)] if t]
     return Section(title="Attention mass", items=items)
 
 
@@ -506,6 +511,6 @@ def _versions(manifest: dict[str, Any]) -> str:
     return f"{text}, commit {commit[:10] + '+' * commit.endswith('+')}" if commit else text
 
 
-def _add(items: list[Figure | Table], name: str, chart: Any, caption: str) -> None:
+def _add(items: list[Figure | Table], name: str, chart: Any, caption: str, *, folded: bool = False) -> None:
     if chart is not None:
-        items.append(Figure(name=name, svg=figures.write_svg(chart, name), caption=caption))
+        items.append(Figure(name=name, svg=figures.write_svg(chart, name), caption=caption, folded=folded))

@@ -15,6 +15,7 @@ __all__ = [
     "accuracy_by_keys",
     "accuracy_by_task",
     "granularity",
+    "granularity_mass",
     "label_of",
     "layer_heat_map",
     "per_layer_plan",
@@ -99,7 +100,20 @@ def accuracy_by_task(table: EvalTable, length: int) -> alt.TopLevelMixin | None:
 def granularity(table: EvalTable, length: int) -> alt.TopLevelMixin | None:
     """Macro score of the oracle at several granularities, at achieved keys: queries sharing, keys grouped."""
     cells = [c for c in table.cells(lambda s: s.selector == "dense" or table.oracle(s)) if c.length == length]
-    band = _band(cells)
+    return _granularity_panels(cells, "score, mean over tasks (%)")
+
+
+def granularity_mass(table: AuditTable, length: int) -> alt.TopLevelMixin | None:
+    """Retained mass of the oracle at several granularities, at achieved keys, mean over layers."""
+    cells = []
+    for s in table.settings:
+        mass, keys = (table.over_layers(length, s, m) for m in ("retained_mass_mean", "keys_read_mean"))
+        if table.oracle(s) and mass and keys:
+            cells.append(Cell(length=length, setting=s, task=None, keys=keys.point, score=mass, loss=None))
+    return _granularity_panels(sorted(cells, key=lambda c: c.keys), "retained mass, mean over layers (%)")
+
+
+def _granularity_panels(cells: Sequence[Cell], y_title: str) -> alt.TopLevelMixin | None:
     panels = []
     for axis, unit, title in (
         (0, "{} sharing", "Queries that share one selection (not causal above 1)"),
@@ -107,13 +121,12 @@ def granularity(table: EvalTable, length: int) -> alt.TopLevelMixin | None:
     ):
         mine = [c for c in cells if c.setting.selector == "oracle" and c.setting.granularity[1 - axis] == 1]
         sizes = sorted({c.setting.granularity[axis] for c in mine})
+        names = {g: unit.format(g) if g > 1 else ("per query", "tokens")[axis] for g in sizes}
+        series = [
+            (names[g], [c for c in mine if c.setting.granularity[axis] == g], _shade(i)) for i, g in enumerate(sizes)
+        ]
         if len(sizes) > 1:
-            names = {g: "per query" if g == 1 and axis == 0 else "tokens" if g == 1 else unit.format(g) for g in sizes}
-            series = [
-                (names[g], [c for c in mine if c.setting.granularity[axis] == g], _shade(i))
-                for i, g in enumerate(sizes)
-            ]
-            panels.append(_series_panel(series, band, title))
+            panels.append(_series_panel(series, _band(cells), title, y_title=y_title))
     return _finish(alt.hconcat(*panels, spacing=20)) if panels else None
 
 
@@ -197,18 +210,18 @@ def union_growth(table: AuditTable) -> alt.TopLevelMixin | None:
     )
     y = alt.Y("y:Q", title="keys in the union / keys of one query", scale=alt.Scale(zero=False, domainMin=1))
     names = list(dict.fromkeys(r["layer"] for r in rows))
-    few = len(names) <= 8
+    if len(names) > 8:  # the extremes say enough
+        labels = sorted(labels, key=lambda r: r["y"])[:: len(labels) - 1]
     tint = alt.Color("layer:N", scale=alt.Scale(domain=names, range=[PALETTE["oracle"]]), legend=None)
     base = alt.Chart(alt.Data(values=rows)).encode(x=x, color=tint)
     chart = base.mark_line(point=True).encode(y=y, detail="layer:N") + base.mark_rule().encode(y="low:Q", y2="high:Q")
-    if few:
-        placed = _dodge([(r["layer"], r["y"]) for r in labels], 1.0, max(r["high"] for r in rows), 0.08)
-        values = [{"layer": n, "y": p, "tile": labels[0]["tile"]} for n, p in placed.items()]
-        chart += (
-            alt.Chart(alt.Data(values=values))
-            .mark_text(align="left", dx=8, fontSize=11)
-            .encode(x=x, y=y, text="layer:N", color=tint)
-        )
+    placed = _dodge([(r["layer"], r["y"]) for r in labels], 1.0, max(r["high"] for r in rows), 0.08)
+    values = [{"layer": n, "y": p, "tile": labels[0]["tile"]} for n, p in placed.items()]
+    chart += (
+        alt.Chart(alt.Data(values=values))
+        .mark_text(align="left", dx=8, fontSize=11)
+        .encode(x=x, y=y, text="layer:N", color=tint)
+    )
     title = f"{tokens(length)} tokens, budget {setting.budget}"
     return _finish(chart.properties(width=420, height=230, title=title))
 
@@ -251,10 +264,11 @@ def _series_panel(
     *,
     width: int = 360,
     height: int = 250,
+    y_title: str = "score, mean over tasks (%)",
 ) -> alt.LayerChart:
     """Lines with their names at the right end."""
     cells = [c for _, group, _ in series for c in group]
-    chart = _lines(cells, dense, series=series, width=width, height=height, title=title)
+    chart = _lines(cells, dense, series=series, width=width, height=height, title=title, y_title=y_title)
     ends = [
         (name, group[-1].score.point * 100, colour, _SHAPES[i % len(_SHAPES)])
         for i, (name, group, colour) in enumerate(series)
@@ -331,8 +345,8 @@ def _point(name: str, cell: Cell, colour: str, i: int) -> Row:
         "name": name,
         "keys": cell.keys,
         "score": cell.score.point * 100,
-        "low": cell.score.low * 100,
-        "high": cell.score.high * 100,
+        "low": _or(cell.score.low, cell.score.point) * 100,
+        "high": _or(cell.score.high, cell.score.point) * 100,
         "colour": colour,
         "shape": _SHAPES[i % len(_SHAPES)],
     }
