@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import topmass
-
 __all__ = ["command_line", "git_commit", "machine", "versions"]
 
 _PACKAGES = ("torch", "transformers", "numpy", "triton")
@@ -17,7 +15,8 @@ _PACKAGES = ("torch", "transformers", "numpy", "triton")
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that can change a result; absent ones are left out."""
-    found = {"python": platform.python_version(), "topmass": topmass.__version__}
+    # the parent package is loaded, but importing it by name would tie this layer to what it exports
+    found = {"python": platform.python_version(), "topmass": sys.modules["topmass"].__version__}
     for name in _PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
