@@ -1,10 +1,39 @@
-"""Models run on the reference ops: Triton's interpreter would only be slow here."""
+"""Models run on the reference ops, and can be made float64 throughout."""
+
+import importlib
 
 import pytest
+import torch
 
+from topmass.integrations.transformers.gated_delta import chunk_gated_delta_rule
 from topmass.ops import _dispatch
+
+MODELS = ("gemma3", "llama", "mistral", "qwen2", "qwen3", "qwen3_5", "qwen3_next")
 
 
 @pytest.fixture(autouse=True)
 def reference_ops(monkeypatch):
+    # Triton's interpreter would only be slow here
     monkeypatch.setattr(_dispatch, "available", lambda op: ("reference",))
+
+
+class Wide:
+    """`torch`, for a module that asks for float32 in the middle of a float64 model."""
+
+    def __getattr__(self, name):
+        return torch.float64 if name == "float32" else getattr(torch, name)
+
+
+@pytest.fixture
+def float64_throughout(monkeypatch):
+    """transformers' norms, softmax and gated delta rule in float64, for a float64 model.
+
+    Rounded to float32 in between, a difference of one part in 1e16 may become one in 1e7.
+    """
+    for name in MODELS:
+        module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+        monkeypatch.setattr(module, "torch", Wide())
+        for rule in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
+            if hasattr(module, rule):
+                monkeypatch.setattr(module, rule, chunk_gated_delta_rule)
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else x.to(torch.float32))

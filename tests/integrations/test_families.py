@@ -8,23 +8,14 @@ import pytest
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen3_5 import modeling_qwen3_5
-from transformers.models.qwen3_next import modeling_qwen3_next
 
 import oracle64
 import tiny_models
 import topmass
 from topmass.core.granularity import Granularity
-from topmass.integrations.transformers.gated_delta import chunk_gated_delta_rule
 
+pytestmark = pytest.mark.usefixtures("float64_throughout")
 N = 61
-
-
-@pytest.fixture(autouse=True)
-def float64_everywhere(monkeypatch):
-    # transformers' own computes in float32, where a difference of one part in 1e16 grows to one in 1e7
-    for module in (modeling_qwen3_5, modeling_qwen3_next):
-        monkeypatch.setattr(module, "torch_chunk_gated_delta_rule", chunk_gated_delta_rule)
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +105,7 @@ def check(model, rule: oracle64.Rule, *, batch=1):
         assert mask.repeat_interleave(reads[layer].shape[1] // mask.shape[1], 1).equal(reads[layer]), layer
         assert not mask.all()
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
-    # transformers' eager softmax rounds to float32
-    torch.testing.assert_close(logits, logits_of_eager(model, ids, masks), rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(logits, logits_of_eager(model, ids, masks), rtol=1e-9, atol=1e-9)
 
 
 def rule_of(g, r, share, pool, *, more=0, **fields) -> oracle64.Rule:

@@ -176,7 +176,7 @@ def _attention(
     softcap: float | None = None,
     s_aux: Float[Tensor, " q_heads"] | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     session = _BY_MODULE.get(id(module))
     if session is None:
         return _hand_on(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, kwargs)
