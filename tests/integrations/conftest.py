@@ -21,7 +21,7 @@ class Wide:
     """`torch`, for a module that asks for float32 in the middle of a float64 model."""
 
     def __getattr__(self, name):
-        return torch.float64 if name == "float32" else getattr(torch, name)
+        return torch.float64 if name in ("float32", "float") else getattr(torch, name)
 
 
 @pytest.fixture
@@ -36,4 +36,4 @@ def float64_throughout(monkeypatch):
         for rule in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
             if hasattr(module, rule):
                 monkeypatch.setattr(module, rule, chunk_gated_delta_rule)
-    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else x.to(torch.float32))
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)

@@ -148,6 +148,11 @@ class Session:
         decode = q.shape[1] == 1 and k.shape[1] > 1
         if mask is None:
             return self.attend(LayerCall(layer=layer, q=q, k=k, v=v, decode=decode, sample=None, **settings))
+        if mask.shape[1] != k.shape[1]:
+            raise DataError(
+                f"attention_mask covers {mask.shape[1]} of {k.shape[1]} positions; with a cache it has to cover the cached "
+                "tokens too."
+            )
         out = q.new_zeros(*q.shape[:3], v.shape[-1])
         for i, real in enumerate(mask):
             rows = real[-q.shape[1] :]
@@ -238,13 +243,8 @@ def _mask(
         )
     if attention_mask is None:
         return torch.empty(0, 0, dtype=torch.bool)
-    if attention_mask.shape[1] < kv_length:
-        raise DataError(
-            f"attention_mask covers {attention_mask.shape[1]} of {kv_length} positions; with a cache it has to cover the "
-            "cached tokens too."
-        )
     real = attention_mask[:, :kv_length].bool()
-    return real[:0, :0] if bool(real.all()) else real
+    return real[:0, :0] if real.shape[1] == kv_length and bool(real.all()) else real
 
 
 def _check_cache_layer(cache: Any, layer: int) -> None:
