@@ -17,13 +17,16 @@ from tokenizers import Tokenizer
 
 from topmass.eval.tasks import TASKS
 from topmass.eval.tasks.base import INTRO, Haystack, Question, bundled_filler
+from topmass.eval.tasks.words import FIELDS, INSTRUMENTS
 
 PIECES = re.compile(r" ?[A-Za-z]+| ?[0-9]| ?[^A-Za-z0-9\s]|\s")
 NAMES = tuple(TASKS)
 MIXTURE = {
-    "niah_single": 6, "niah_distractor": 8, "niah_uuid": 10, "niah_multivalue": 11, "niah_multiquery": 10,
-    "variable_tracking": 12, "common_words": 14, "frequent_words": 13, "majority": 13, "latent_association": 10,
+    "niah_single": 3, "niah_distractor": 4, "niah_uuid": 5, "niah_multivalue": 14, "niah_multiquery": 6,
+    "variable_tracking": 15, "common_words": 13, "frequent_words": 14, "majority": 10, "latent_association": 22,
 }  # fmt: skip
+NEEDLE = re.compile(r"The code of the (\w+) is \d+\.")
+FIELD_OF = {thing: field for field, things in INSTRUMENTS.items() for thing in things}
 COUNTING = ("common_words", "frequent_words", "majority")
 TEXT_WEIGHT, ANSWER_WEIGHT = 0.5, 4.0
 
@@ -96,7 +99,18 @@ class Documents:
         task = TASKS[name]
         task = _denser(task, self.rng, share, size) if dense or size < task.min_size else task
         filler = bundled_filler(task.filler if not dense or self.rng.random() < 0.5 else "prose")(self.rng)
-        return task.build(self.rng, size, filler)
+        hay = task.build(self.rng, size, filler)
+        return self._explain(hay) if name == "latent_association" else hay
+
+    def _explain(self, hay: Haystack) -> Haystack:
+        """Say in some documents what a thing belongs to, which the evaluation never does."""
+        told = self.rng.choice((0.0, 0.0, 0.5, 1.0))
+        units = [f"{u}{self._field(u)}" if self.rng.random() < told else u for u in hay.units]
+        return dataclasses.replace(hay, units=tuple(units))
+
+    def _field(self, unit: str) -> str:
+        found = NEEDLE.fullmatch(unit)
+        return f" It belongs to {FIELD_OF[found[1]]}." if found and found[1] in FIELD_OF else ""
 
     def _write(self, name: str, hay: Haystack, mixed: bool) -> tuple[list[int], list[float], list[int]]:
         ids, tags = self.encode(INTRO), []
@@ -162,9 +176,12 @@ def _denser(task: Any, rng: random.Random, share: float, size: int) -> Any:
         case "niah_multiquery":
             return dataclasses.replace(task, needles=min(size, max(3, few)))
         case "variable_tracking":
-            return dataclasses.replace(task, chains=max(1, min(size // 10, rng.randint(2, 30))))
+            names = rng.choice(((1, 1), (1, 2), (1, 3), (3, 5), (3, 5)))
+            return dataclasses.replace(
+                task, names=names, chains=max(1, min(size // (2 * names[1]), rng.randint(2, 30)))
+            )
         case "latent_association":
-            return dataclasses.replace(task, people=(n := min(32, max(2, few))), max_questions=n)
+            return dataclasses.replace(task, things=(n := min(len(FIELDS), max(2, few))), max_questions=n)
     lead, prose, n = task.lead * rng.choice((1, 1.5, 2, 3)), 0.5 * rng.random(), rng.randint(2, 12)
     match task.name:
         case "majority":

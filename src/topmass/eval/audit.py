@@ -326,7 +326,7 @@ class _Probe:
         """Dense attention of one layer, measured."""
         q_len = call.q.shape[1]
         # three arrays of this size are alive at a time
-        step = rows_that_fit(1, 3 * call.q.shape[2], call.k.shape[1], call.q.dtype, multiple=TILE)
+        step = rows_that_fit(call.q, call.k.shape[1], heads=3 * call.q.shape[2], multiple=TILE)
         return torch.cat([self._rows(call, lo, min(lo + step, q_len)) for lo in range(0, q_len, step)], 1)
 
     def _rows(self, call: LayerCall, lo: int, hi: int) -> Tensor:

@@ -23,7 +23,7 @@ from topmass.selection import DenseSelector, Selector
 if TYPE_CHECKING:
     from topmass.results.store import Run
 
-__all__ = ["EvalResult", "Progress", "evaluate"]
+__all__ = ["EvalResult", "Progress", "evaluate", "evaluate_samples"]
 
 # called with (done, total, what is being worked on)
 Progress = Callable[[int, int, str], None]
@@ -95,25 +95,54 @@ def evaluate(
         DataError: A task does not fit a length.
         UnsupportedModelError: The model is one that topmass cannot run.
     """
-    selectors = selectors or {"dense": DenseSelector()}
-    tasks = tuple(tasks or list_tasks())
     _check_lengths(model, lengths)
-    cells = [(task, length) for length in lengths for task in tasks]
-    total, done = len(cells) * len(selectors) * n, 0
+    samples = [
+        sample
+        for length in lengths
+        for task in tasks or list_tasks()
+        for sample in _samples(task, tokenizer, length, n, seed, questions, haystack)
+    ]
+    return evaluate_samples(
+        model,
+        tokenizer,
+        samples,
+        selectors=selectors,
+        decode=decode,
+        backend=backend,
+        batch_tokens=batch_tokens,
+        run=run,
+        progress=progress,
+    )
+
+
+def evaluate_samples(
+    model: Any,
+    tokenizer: Any,
+    samples: Sequence[Sample],
+    *,
+    selectors: Mapping[str, Selector | Infeasible] | None = None,
+    decode: Decode = "dense",
+    backend: str = "auto",
+    batch_tokens: int = 4096,
+    run: "Run | None" = None,
+    progress: Progress | None = None,
+) -> EvalResult:
+    """The same as `evaluate`, on samples that are at hand."""
+    selectors = selectors or {"dense": DenseSelector()}
+    batches = list(_batches(samples, batch_tokens))
+    total, done = len(selectors) * len(samples), 0
     rows: list[dict[str, Any]] = [] if run is None else run.rows
-    for task, length in cells:
-        samples = _samples(task, tokenizer, length, n, seed, questions, haystack)
-        batches = list(_batches(samples, max(1, batch_tokens // length)))
-        for name, selector in selectors.items():
-            for batch in batches:
-                done += len({s.haystack for s in batch})
+    with fast_linear_attention(model):
+        for batch in batches:
+            for name, selector in selectors.items():
                 if run is None:
                     rows += _rows(model, tokenizer, batch, name, selector, decode, backend)
                 elif not all(run.done(_key(s, name)) for s in batch):
                     new = _rows(model, tokenizer, batch, name, selector, decode, backend)
                     run.append(row for row in new if not run.done(row))
+                done += len(batch)
                 if progress is not None:
-                    progress(done, total, f"{task} {length} {name}")
+                    progress(done, total, f"{batch[0].length} tokens, {name}")
     return EvalResult(records=rows)
 
 
@@ -129,13 +158,21 @@ def _samples(
     return make_samples(task, tokenizer, length=length, n=n, seed=seed, questions=questions, haystack=haystack)
 
 
-def _batches(samples: Sequence[Sample], haystacks: int) -> Iterator[list[Sample]]:
-    by_haystack: dict[int, list[Sample]] = defaultdict(list)
+def _batches(samples: Sequence[Sample], batch_tokens: int) -> Iterator[list[Sample]]:
+    """Samples of whole haystacks of one length, up to `batch_tokens` of context."""
+    haystacks: dict[tuple[int, str, int], list[Sample]] = defaultdict(list)
     for s in samples:
-        by_haystack[s.haystack].append(s)
-    groups = list(by_haystack.values())
-    for i in range(0, len(groups), haystacks):
-        yield [s for group in groups[i : i + haystacks] for s in group]
+        haystacks[s.length, s.task, s.haystack].append(s)
+    batch: list[Sample] = []
+    held = 0
+    for (length, _, _), group in haystacks.items():
+        if batch and (batch[0].length != length or held + length > batch_tokens):
+            yield batch
+            batch, held = [], 0
+        batch = batch + group
+        held += length
+    if batch:
+        yield batch
 
 
 def _key(sample: Sample, config: str) -> tuple[Any, ...]:
@@ -156,7 +193,7 @@ def _rows(
     answers = [("", 0)] * len(batch)
     keys: float | None = None
     if not infeasible:
-        with fast_linear_attention(model), sparsify(model, selector, decode=decode, backend=backend) as run:
+        with sparsify(model, selector, decode=decode, backend=backend) as run:
             answers = greedy_answers(model, tokenizer, batch)
         keys = run.receipt.keys_read_mean
     seconds = (time.perf_counter() - start) / len(batch)
@@ -195,24 +232,24 @@ def greedy_answers(model: Any, tokenizer: Any, batch: Sequence[Sample]) -> list[
     Haystacks may have different token counts: they share a prefill up to the shortest one's last multiple of 64
     tokens, and what remains is run with each question.
     """
-    haystacks = list(dict.fromkeys(s.haystack for s in batch))
-    context = {s.haystack: _encode(tokenizer, s.context) for s in batch}
-    shared = max(min(len(ids) for ids in context.values()) // ALIGN * ALIGN, 0)
+    keys = [(s.task, s.haystack) for s in batch]
+    context = {key: _encode(tokenizer, s.context) for key, s in zip(keys, batch, strict=True)}
+    haystacks = list(context)
+    shared = min(len(ids) for ids in context.values()) // ALIGN * ALIGN
     device = next(model.parameters()).device
-    prefix = torch.tensor([context[h][:shared] for h in haystacks], device=device)
+    prefix = torch.tensor([context[key][:shared] for key in haystacks], device=device)
     cache = _prefill(model, prefix) if shared else None
+    prompts = [context[key] + _encode(tokenizer, s.question, special=False) for key, s in zip(keys, batch, strict=True)]
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-    prompts = []
     for i, s in enumerate(batch):
-        prompts.append(context[s.haystack] + _encode(tokenizer, s.question, special=False))
         groups[len(prompts[i]), s.max_new_tokens].append(i)
     answers: list[tuple[str, int]] = [("", 0)] * len(batch)
     for (length, new_tokens), members in groups.items():
         ids = torch.tensor([prompts[i] for i in members], device=device)
-        branch = None
+        branch = cache
         if cache is not None:
             branch = copy.deepcopy(cache) if len(groups) > 1 else cache
-            _branch(branch, torch.tensor([haystacks.index(batch[i].haystack) for i in members], device=device))
+            branch.reorder_cache(torch.tensor([haystacks.index(keys[i]) for i in members], device=device))
         texts = _generate(model, tokenizer, ids, branch, new_tokens)
         for i, text in zip(members, texts, strict=True):
             answers[i] = (text, length)
@@ -225,11 +262,6 @@ def _encode(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
 
 def _prefill(model: Any, ids: Int[Tensor, "batch len"]) -> Any:
     return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-
-
-def _branch(cache: Any, rows: Int[Tensor, " samples"]) -> None:
-    # select rows, repeating those with several questions
-    cache.reorder_cache(rows)
 
 
 def _generate(model: Any, tokenizer: Any, ids: Int[Tensor, "batch len"], cache: Any, new_tokens: int) -> list[str]:

@@ -8,15 +8,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["causal_logits", "log_normaliser", "rows_that_fit", "weighted_values"]
+__all__ = ["causal_logits", "log_normaliser", "rows_that_fit", "weighted_values", "workspace"]
 
+# what a chunk of queries may take: laptops have little memory, GPUs need large chunks to be busy
 WORKSPACE_BYTES = 256 * 2**20
+GPU_WORKSPACE_BYTES = 2**31
 
 
-def rows_that_fit(batch: int, heads: int, kv_len: int, dtype: torch.dtype, *, multiple: int = 1) -> int:
+def rows_that_fit(q: Tensor, kv_len: int, *, heads: int | None = None, multiple: int = 1) -> int:
     """Query rows whose `[batch, heads, rows, kv_len]` logits fit the workspace; at least `multiple`, a multiple of it."""
-    row_bytes = batch * heads * max(kv_len, 1) * (8 if dtype == torch.float64 else 4)
-    return max(WORKSPACE_BYTES // row_bytes // multiple, 1) * multiple
+    row_bytes = q.shape[0] * (heads or q.shape[2]) * max(kv_len, 1) * (8 if q.dtype == torch.float64 else 4)
+    return max(workspace(q) // row_bytes // multiple, 1) * multiple
+
+
+def workspace(q: Tensor) -> int:
+    """Bytes that a chunk of queries may take on the device of `q`."""
+    return GPU_WORKSPACE_BYTES if q.is_cuda else WORKSPACE_BYTES
 
 
 def causal_logits(

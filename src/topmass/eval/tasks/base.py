@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 INTRO = "Read the notes below and answer the question that follows them.\n"
+CLOSE = 48  # tokens that may be left to the padding
 _PAD = " so"  # what fills the last few tokens: one token in every tokenizer we know
 
 Filler = Callable[[random.Random], str]
@@ -162,7 +163,7 @@ def sample_haystacks(
 ) -> list[Sample]:
     """The samples of `n` haystacks; see `make_samples`."""
     start = file_filler(haystack) if haystack is not None else bundled_filler(task.filler)
-    makers = [_Maker(task, count, start, seed, index) for index in range(n)]
+    makers = [_Maker(task, count, start, seed, index, questions) for index in range(n)]
     if max(m.used(m.build(task.min_size, length)) for m in makers) > length:
         least = length
         while (need := max(m.used(m.build(task.min_size, least)) for m in makers)) > least:
@@ -170,7 +171,7 @@ def sample_haystacks(
         raise DataError(
             f"{task.name} does not fit into {length} tokens with this tokenizer; the smallest length that works is {least}"
         )
-    return [sample for maker in makers for sample in maker.samples(length, questions)]
+    return [sample for maker in makers for sample in maker.samples(length)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +183,7 @@ class _Maker:
     start: Callable[[random.Random], Filler]
     seed: int
     index: int
+    questions: int
 
     def build(self, size: int, length: int) -> Haystack:
         rng = _rng(self.task.name, self.seed, length, self.index)
@@ -190,34 +192,44 @@ class _Maker:
     def used(self, built: Haystack, context: str | None = None) -> int:
         """Tokens of the longest prompt and its answer."""
         context = render(built.units) if context is None else context
-        return max(self.count(context + q.text) for q in built.questions) + self.task.max_new_tokens
+        # counting a context is slow: only with the question that is longest by itself
+        longest = max(built.questions[: self.questions], key=lambda q: self.count(q.text))
+        return self.count(context + longest.text) + self.task.max_new_tokens
 
-    def samples(self, length: int, questions: int) -> list[Sample]:
+    def samples(self, length: int) -> list[Sample]:
         built = self._largest(length)
         rng = _rng(self.task.name, self.seed, length, self.index, "pad")
         context = _pad(render(built.units), self.start(rng), rng, lambda c: self.used(built, c) - length)
+        asked = built.questions[: self.questions]
+        if any(self.count(context + q.text) + self.task.max_new_tokens > length for q in asked):
+            context = render(built.units)
         return [
             Sample(
                 task=self.task.name, context=context, question=q.text, references=q.references, length=length,
                 haystack=self.index, question_id=i, seed=self.seed, max_new_tokens=self.task.max_new_tokens,
             )
-            for i, q in enumerate(built.questions[:questions])
+            for i, q in enumerate(asked)
         ]  # fmt: skip
 
     def _largest(self, length: int) -> Haystack:
-        """The largest haystack that fits: by the tokens of a unit as far as it fits, then by bisection."""
-        low, high = self.task.min_size, None
+        """A haystack that fits and leaves little to the padding, or the largest that fits: by the secant."""
+        low, high, above = self.task.min_size, None, 0
         best = self.build(low, length)
         used = self.used(best)
         rate = max((used - self.task.max_new_tokens) / low, 1.0)
-        while high is None or high - low > 1:
-            size = low + max(1, int((length - used) / rate)) if high is None else (low + high) // 2
+        while length - used > CLOSE and (high is None or high - low > 1):
+            if high is None:
+                size = low + max(1, int((length - used) / rate))
+            else:
+                size = low + int((length - used) / (above - used) * (high - low))
+                size = min(max(size, low + 1), high - 1)
             trial = self.build(size, length)
             need = self.used(trial)
             if need <= length:
+                rate = max((need - used) / (size - low), 1.0)
                 best, low, used = trial, size, need
             else:
-                high = size
+                high, above = size, need
         return best
 
 

@@ -19,7 +19,7 @@ class CommonWords(Task):
 
     name: str = "common_words"
     filler: str | None = "prose"
-    max_new_tokens: int = 8
+    max_new_tokens: int = 32
     max_questions: int = 2
     min_size: int = 60
     speakers: int = 2

@@ -20,7 +20,7 @@ class FrequentWords(Task):
 
     name: str = "frequent_words"
     filler: str | None = "prose"
-    max_new_tokens: int = 16
+    max_new_tokens: int = 32
     max_questions: int = 2
     min_size: int = 100
     places: int = 2

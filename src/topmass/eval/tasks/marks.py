@@ -11,6 +11,7 @@ from topmass.eval.tasks.base import Filler
 __all__ = ["counts", "lay_out"]
 
 SAMPLED = 1 / 8  # the share of the marks that a budget of 1/128 of the context can hold
+LEAST = 0.75  # a winner leads by this share of the average, however long the context
 PROSE = 0.2  # sentences of prose among all units: a little less than half of the tokens
 
 
@@ -20,9 +21,11 @@ def counts(rng: random.Random, total: int, options: int, *, winners: int = 1, le
     Args:
         lead: The last winner's lead over a loser, in standard errors of their difference among the sampled marks.
     """
-    ahead = max(2, round(lead * (2 * total / options / SAMPLED) ** 0.5))
-    ahead = min(ahead, max(2, int(0.8 * total / winners)))
-    step = max(1, ahead // 5) if winners > 1 else 0
+    ahead = max(2, round(lead * (2 * total / options / SAMPLED) ** 0.5), round(LEAST * total / options))
+    step = max(1, ahead // 2) if winners > 1 else 0
+    while ahead > 2 and winners * ahead + step * winners * (winners - 1) // 2 > 0.8 * total:
+        ahead -= 1
+        step = max(1, ahead // 2) if winners > 1 else 0
     won = winners * (ahead + 1) + step * winners * (winners - 1) // 2
     base, rest = divmod(max(total - won, 0), options)
     losers = [base + (i < rest) for i in range(options - winners)]

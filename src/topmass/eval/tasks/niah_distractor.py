@@ -18,7 +18,7 @@ class NiahDistractor(Task):
 
     name: str = "niah_distractor"
     filler: str | None = None
-    max_new_tokens: int = 16
+    max_new_tokens: int = 32
     max_questions: int = 8
     min_size: int = 8
 

@@ -18,7 +18,7 @@ class NiahMultiquery(Task):
 
     name: str = "niah_multiquery"
     filler: str | None = "prose"
-    max_new_tokens: int = 24
+    max_new_tokens: int = 32
     max_questions: int = 4
     min_size: int = 16
     needles: int = 12

@@ -4,14 +4,14 @@ import random
 from dataclasses import dataclass
 
 from topmass.eval.tasks.base import Filler, Haystack, Question, Task, scatter
-from topmass.eval.tasks.needles import code, draw_keys, needle
+from topmass.eval.tasks.needles import code, draw_keys
 
 __all__ = ["NiahMultivalue"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NiahMultivalue(Task):
-    """Four needles have the same key and all four values are wanted, in the order of the text.
+    """Four needles, first to fourth, share a key and all four values are wanted, in that order.
 
     Chance is 0. Scored by the share of the four values found, in whatever order.
     """
@@ -26,20 +26,19 @@ class NiahMultivalue(Task):
 
     def build(self, rng: random.Random, size: int, filler: Filler) -> Haystack:
         """A haystack of `size` units."""
-        owners = [k for k in draw_keys(rng, self.keys) for _ in range(self.values)]
-        rng.shuffle(owners)
-        values = [code(rng) for _ in owners]
-        units, places = scatter(rng, [needle(k, v) for k, v in zip(owners, values, strict=True)], size, filler)
+        keys = draw_keys(rng, self.keys)
+        order = [(key, i) for key in keys for i in range(self.values)]
+        rng.shuffle(order)
+        value = {which: code(rng) for which in order}
+        facts = [f"The {_ORDINALS[i]} code of the {key} is {value[key, i]}." for key, i in order]
+        units, places = scatter(rng, facts, size, filler)
         asked = []
-        for key in sorted(set(owners), key=owners.index):
-            mine = [i for i, k in enumerate(owners) if k == key]
-            text = (
-                f"Question: What are the {_NUMBER[self.values]} codes of the {key}, in the order of the text?\nAnswer:"
-            )
-            found = tuple(values[i] for i in mine)
-            asked.append(Question(text=text, answer=", ".join(found), references=found, after=places[mine[-1]] + 1))
-        rng.shuffle(asked)
+        for key in keys:
+            found = tuple(value[key, i] for i in range(self.values))
+            text = f"Question: What are all the codes of the {key}, first to {_ORDINALS[self.values - 1]}?\nAnswer:"
+            after = 1 + max(place for place, (owner, _) in zip(places, order, strict=True) if owner == key)
+            asked.append(Question(text=text, answer=", ".join(found), references=found, after=after))
         return Haystack(units=units, questions=tuple(asked))
 
 
-_NUMBER = {2: "two", 3: "three", 4: "four"}
+_ORDINALS = ("first", "second", "third", "fourth")

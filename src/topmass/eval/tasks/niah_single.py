@@ -18,7 +18,7 @@ class NiahSingle(Task):
 
     name: str = "niah_single"
     filler: str | None = "prose"
-    max_new_tokens: int = 16
+    max_new_tokens: int = 32
     max_questions: int = 8
     min_size: int = 12
     needles: int = 8

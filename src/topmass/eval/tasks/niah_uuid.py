@@ -17,7 +17,7 @@ class NiahUuid(Task):
 
     name: str = "niah_uuid"
     filler: str | None = "noise"
-    max_new_tokens: int = 24
+    max_new_tokens: int = 32
     max_questions: int = 8
     min_size: int = 12
     share: float = 1 / 12

@@ -20,14 +20,15 @@ class VariableTracking(Task):
 
     name: str = "variable_tracking"
     filler: str | None = "noise"
-    max_new_tokens: int = 24
+    max_new_tokens: int = 32
     max_questions: int = 6
     min_size: int = 36
     chains: int = 6
+    names: tuple[int, int] = (3, 5)
 
     def build(self, rng: random.Random, size: int, filler: Filler) -> Haystack:
         """A haystack of `size` units."""
-        lengths = [rng.randint(3, 5) for _ in range(self.chains)]
+        lengths = [rng.randint(*self.names) for _ in range(self.chains)]
         names = iter(rng.sample(NOUNS, sum(lengths)))
         chains = [[next(names) for _ in range(n)] for n in lengths]
         values = [digits(rng, 5) for _ in chains]

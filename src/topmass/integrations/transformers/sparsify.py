@@ -267,9 +267,7 @@ def _join(parts: list[Support]) -> Support:
 def _chunks(call: LayerCall, rule: SupportRule) -> Iterator[tuple[int, int]]:
     # boundaries at absolute positions, so that one query block is never split
     q_len, start = call.q.shape[1], call.q_start
-    step = rows_that_fit(
-        call.q.shape[0], call.q.shape[2], call.k.shape[1], call.q.dtype, multiple=rule.granularity.q_block
-    )
+    step = rows_that_fit(call.q, call.k.shape[1], multiple=rule.granularity.q_block)
     lo = 0
     while lo < q_len:
         hi = min((start + lo) // step * step + step - start, q_len)

@@ -1,16 +1,30 @@
 """Public entry point of the op: checks, picks a backend, calls it."""
 
+import importlib.util
+
 from jaxtyping import Float
 from torch import Tensor
 
 from topmass.core.granularity import Share
 from topmass.errors import ConfigError
 from topmass.ops import _dispatch
+from topmass.ops._triton_common import gpu_priority
 from topmass.ops.attention_mass.reference import attention_mass_reference
 
 __all__ = ["attention_mass"]
 
 _dispatch.register("attention_mass", _dispatch.KernelBackend(name="reference", fn=attention_mass_reference))
+
+# the reference must import where triton is absent
+if importlib.util.find_spec("triton"):
+    from topmass.ops.attention_mass import _triton
+
+    _dispatch.register(
+        "attention_mass",
+        _dispatch.KernelBackend(
+            name="triton", fn=_triton.attention_mass_triton, why_not=_triton.why_not, priority=gpu_priority(10)
+        ),
+    )
 
 
 def attention_mass(

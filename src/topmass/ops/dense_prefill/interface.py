@@ -47,7 +47,7 @@ def dense_prefill(
 def _plain(q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
     b, q_len, h, _ = q.shape
     q_start = k.shape[1] - q_len
-    step = rows_that_fit(b, h, k.shape[1], q.dtype)
+    step = rows_that_fit(q, k.shape[1])
     parts = []
     for lo in range(0, q_len, step):
         rows = q[:, lo : lo + step]

@@ -24,7 +24,7 @@ def sparse_prefill_reference(
     b, q_len, h, _ = q.shape
     out = torch.empty(b, q_len, h, v.shape[-1], dtype=q.dtype, device=q.device)
     lse = torch.empty(b, q_len, h, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32, device=q.device)
-    step = rows_that_fit(b, h, support.q_start + q_len, q.dtype)
+    step = rows_that_fit(q, support.q_start + q_len)
     for lo in range(0, q_len, step):
         hi = min(lo + step, q_len)
         part = support.rows(lo, hi)
