@@ -26,7 +26,14 @@ LINEAR = {
     "linear_value_head_dim": 6,
     "linear_conv_kernel_dim": 3,
 }
-VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 24, "patch_size": 4}
+VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "out_hidden_size": 24,
+    "patch_size": 4,
+}
 # dense feed-forward layers: grouped matrix products know no float64
 EXPERTS = {"mlp_only_layers": [0, 1, 2, 3], "num_experts": 2, "num_experts_per_tok": 1}
 FAMILIES = ("qwen3_5", "qwen3_5_vl", "qwen3_next", "qwen3", "qwen2", "llama", "mistral", "gemma3", "mha", "mqa")

@@ -107,7 +107,9 @@ def test_budget_with_too_many_digits():
         Budget.parse("33.333333333333333%")
 
 
-@pytest.mark.parametrize(("a", "b"), [("33.3333%", "33.33333%"), ("mass:0.9999999<=8", "mass:1<=8"), ("1/3%", "0.333333%")])
+@pytest.mark.parametrize(
+    ("a", "b"), [("33.3333%", "33.33333%"), ("mass:0.9999999<=8", "mass:1<=8"), ("1/3%", "0.333333%")]
+)
 def test_different_budgets_print_differently(a, b):
     assert str(Budget.parse(a)) != str(Budget.parse(b))
 

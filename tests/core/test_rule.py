@@ -2,12 +2,12 @@
 
 from fractions import Fraction
 
+import oracle64
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import oracle64
 from topmass.core.budget import Budget
 from topmass.core.granularity import Granularity
 from topmass.core.rule import SupportRule

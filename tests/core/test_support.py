@@ -1,5 +1,7 @@
 """Supports: the mask by hand, and what joins, slices and counts of any support must satisfy."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -46,14 +48,14 @@ def make(d):
 
 
 def one(groups, counts, *, rule, q_start, q_len):
-    return Support.from_groups(torch.tensor([[groups]]), torch.tensor([[counts]]), rule=rule, q_start=q_start, q_len=q_len)
+    return Support.from_groups(
+        torch.tensor([[groups]]), torch.tensor([[counts]]), rule=rule, q_start=q_start, q_len=q_len
+    )
 
 
 def test_mask_by_hand():
     # groups of 2, blocks of 4 queries, sink 2, window 3, budget 16; queries 17..21 lie in blocks 16 and 20
-    rule = SupportRule(
-        budget=Budget(tokens=16), granularity=Granularity(q_block=4, kv_block=2), sink=2, window=3
-    )
+    rule = SupportRule(budget=Budget(tokens=16), granularity=Granularity(q_block=4, kv_block=2), sink=2, window=3)
     support = one([[3, 5], [8, -1]], [2, 1], rule=rule, q_start=17, q_len=5)
 
     rows = [row.nonzero().flatten().tolist() for row in support.mask(22)[0, 0]]
@@ -120,7 +122,7 @@ def test_cat_undoes_rows(d, data):
     cuts = [c // g * g - support.q_start for c in cuts]
     edges = sorted({0, *(c for c in cuts if 0 < c < support.q_len), support.q_len})
 
-    joined = Support.cat([support.rows(lo, hi) for lo, hi in zip(edges, edges[1:], strict=False)])
+    joined = Support.cat([support.rows(lo, hi) for lo, hi in pairwise(edges)])
 
     assert joined.mask(100).equal(support.mask(100))
     assert (joined.q_start, joined.q_len) == (support.q_start, support.q_len)

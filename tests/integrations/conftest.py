@@ -26,7 +26,7 @@ class Wide:
 
 @pytest.fixture
 def float64_throughout(monkeypatch):
-    """transformers' norms, softmax and gated delta rule in float64, for a float64 model.
+    """Transformers' norms, softmax and gated delta rule in float64, for a float64 model.
 
     Rounded to float32 in between, a difference of one part in 1e16 may become one in 1e7.
     """

@@ -4,13 +4,13 @@ import itertools
 import sys
 from contextlib import contextmanager
 
+import oracle64
 import pytest
+import tiny_models
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-import oracle64
-import tiny_models
 import topmass
 from topmass.core.granularity import Granularity
 

@@ -3,15 +3,15 @@
 import copy
 import warnings
 
+import oracle64
 import pytest
+import tiny_models
 import torch
 import transformers
 from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-import oracle64
-import tiny_models
 import topmass
 from topmass.core.granularity import Granularity
 from topmass.errors import BackendUnavailableError, ConfigError, DataError, UnsupportedModelError
@@ -129,6 +129,25 @@ def test_a_chunk_that_starts_inside_a_block(models):
             _ = run.supports
 
 
+@pytest.mark.usefixtures("float64_throughout")
+def test_work_is_split_between_blocks(models, monkeypatch):
+    # a chunk that starts inside a block, computed ten rows at a time: no block is cut into two selections
+    model, ids, found = models("llama"), tiny_models.prompt(100), []
+    for rows in (1000, 10):
+        monkeypatch.setattr(_logits, "WORKSPACE_BYTES", 8 * 4 * 100 * rows)
+        cache = DynamicCache()
+        with topmass.sparsify(model, oracle(24, q_block=8), record_support=True) as run:
+            model(ids[:, :43], past_key_values=cache)
+            run.clear()
+            logits = model(ids[:, 43:], past_key_values=cache).logits
+            found.append((logits, run.supports, run.receipt.layers[0].backends["reference"]))
+
+    torch.testing.assert_close(found[1][0], found[0][0], **EXACT)
+    assert found[0][2] == 1 < found[1][2]
+    for layer, support in found[0][1].items():
+        assert found[1][1][layer].mask(100).equal(support.mask(100))
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3_5"])
 @pytest.mark.parametrize("step", [7, 64])
 def test_float32_rows_differ_only_at_near_ties(family, step):
@@ -190,7 +209,11 @@ def test_a_padded_batch_is_each_prompt_alone(models, family, side, step):
             cache, parts = DynamicCache(config=model.config), []
             for lo in range(0, 61, step):
                 hi = min(lo + step, 61)
-                options = {"attention_mask": mask[:, :hi], "position_ids": positions[:, lo:hi], "past_key_values": cache}
+                options = {
+                    "attention_mask": mask[:, :hi],
+                    "position_ids": positions[:, lo:hi],
+                    "past_key_values": cache,
+                }
                 parts.append(model(ids[:, lo:hi], **options).logits)
             batched = torch.cat(parts, 1)
         for i, (prompt, span) in enumerate(zip(prompts, spans, strict=True)):
@@ -220,8 +243,8 @@ def test_a_mask_of_ones_is_no_padding(models):
 
 def test_a_mask_without_the_cached_positions(models):
     model, ids, cache = models("llama"), tiny_models.prompt(40), DynamicCache()
+    model(ids[:, :10], past_key_values=cache)
     with topmass.sparsify(model, oracle()), pytest.raises(DataError, match="covers 30 of 40 positions"):
-        model(ids[:, :10], past_key_values=cache)
         model(ids[:, 10:], past_key_values=cache, attention_mask=torch.ones(1, 30, dtype=torch.long))
 
 
@@ -318,9 +341,7 @@ def test_receipt_counts_add_up(models):
         assert receipt.dense_queries == {"within the budget or dense_below=20": 2 * 20}
         assert receipt.reason == "40 queries: within the budget or dense_below=20"
         assert receipt.keys_read_mean == pytest.approx(keys.double().mean().item())
-    assert run.receipt.keys_read_mean == pytest.approx(
-        sum(r.keys_read_mean for r in run.receipt.layers.values()) / 2
-    )
+    assert run.receipt.keys_read_mean == pytest.approx(sum(r.keys_read_mean for r in run.receipt.layers.values()) / 2)
     assert "layer 1: sparse, reference" in str(run.receipt)
     run.clear()
     assert run.receipt.layers[1].mode == "unused"
@@ -405,8 +426,9 @@ def test_sliding_layers_are_left_alone(implementation):
     model, ids = tiny_models.build("gemma3", attn_implementation=implementation), tiny_models.prompt(40, batch=2)
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
+    seen = []
     for options in ({}, {"attention_mask": mask}):
-        seen = []
+        seen.clear()
         hooks = [
             layer.self_attn.register_forward_hook(lambda m, a, k, out: seen.append((k["hidden_states"], out[0])), with_kwargs=True)
             for layer in model.model.layers
@@ -508,7 +530,9 @@ def test_quantised_cache(models):
         def _dequantize(self, tensor):
             return tensor
 
-    refused(models("llama"), "Quantised", tiny_models.prompt(20), past_key_values=Cache(layers=[Quantised(), Quantised()]))
+    refused(
+        models("llama"), "Quantised", tiny_models.prompt(20), past_key_values=Cache(layers=[Quantised(), Quantised()])
+    )
 
 
 def test_packed_sequences(models):
@@ -547,13 +571,21 @@ def unsupported():
         **small, intermediate_size=16, moe_intermediate_size=8, n_routed_experts=2, n_group=1, topk_group=1, num_experts_per_tok=1,
         kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4, num_key_value_heads=2,
     )  # fmt: skip
-    yield "encoder-decoder", t.T5ForConditionalGeneration, t.T5Config(vocab_size=61, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)
+    yield (
+        "encoder-decoder",
+        t.T5ForConditionalGeneration,
+        t.T5Config(vocab_size=61, d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2),
+    )
     yield "encoder-decoder", t.BartForConditionalGeneration, t.BartConfig(
         vocab_size=61, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2
     )  # fmt: skip
     yield "an encoder", t.BertModel, t.BertConfig(**small, intermediate_size=16)
     yield "'gpt2' are not supported", t.GPT2LMHeadModel, t.GPT2Config(vocab_size=61, n_embd=16, n_layer=1, n_head=2)
-    yield "no full-attention layer", t.MistralForCausalLM, t.MistralConfig(**small, intermediate_size=16, num_key_value_heads=1, sliding_window=8)
+    yield (
+        "no full-attention layer",
+        t.MistralForCausalLM,
+        t.MistralConfig(**small, intermediate_size=16, num_key_value_heads=1, sliding_window=8),
+    )
 
 
 @pytest.mark.parametrize(("words", "cls", "config"), list(unsupported()), ids=lambda x: getattr(x, "__name__", ""))
@@ -721,6 +753,9 @@ def test_previous_layer_in_a_model(models):
     selector = topmass.PreviousLayerSelector(budget=8)
     logits, run = run_once(model, ids, selector)
     assert run.supports[1].groups.equal(run.supports[0].groups)
+    with topmass.sparsify(model, selector):
+        model(ids)
+        torch.testing.assert_close(model(ids).logits, logits, **EXACT)  # nothing is left over from the forward before
     chunked, again = run_once(model, ids, selector, step=7)
     torch.testing.assert_close(chunked, logits, **EXACT)
     assert again.supports[1].mask(40).equal(run.supports[1].mask(40))

@@ -1,9 +1,9 @@
 """Dense mass, dense attention and sparse attention against plain float64 loops, at odd shapes."""
 
+import oracle64
 import pytest
 import torch
 
-import oracle64
 from topmass.core.budget import Budget
 from topmass.core.granularity import Granularity
 from topmass.core.rule import SupportRule
@@ -140,13 +140,17 @@ def test_non_contiguous_inputs():
     qt, kt, vt = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
     assert not qt.is_contiguous()
 
-    torch.testing.assert_close(sparse_prefill(qt, kt, vt, support), sparse_prefill(q, k, v, support), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        sparse_prefill(qt, kt, vt, support), sparse_prefill(q, k, v, support), rtol=1e-12, atol=1e-13
+    )
 
 
 def test_inputs_are_left_alone():
     q, k, v = tensors()
     before = [x.clone() for x in (q, k, v)]
-    support = OracleSelector(budget=8, pool="max", granularity=Granularity(kv_block=2)).select(AttentionInputs(q=q, k=k))
+    support = OracleSelector(budget=8, pool="max", granularity=Granularity(kv_block=2)).select(
+        AttentionInputs(q=q, k=k)
+    )
     sparse_prefill(q, k, v, support)
     dense_prefill(q, k, v, scale=1.0)
 
@@ -179,7 +183,9 @@ def test_auto_says_why_nothing_can_run():
     _dispatch.register("nothing", _dispatch.KernelBackend(name="gpu", fn=print, why_not=lambda: "needs a GPU."))
     try:
         for name in ("auto", "gpu"):
-            with pytest.raises(BackendUnavailableError, match=r"No backend of 'nothing' can run this call: gpu needs a GPU\."):
+            with pytest.raises(
+                BackendUnavailableError, match=r"No backend of 'nothing' can run this call: gpu needs a GPU\."
+            ):
                 _dispatch.resolve("nothing", name)
         with pytest.raises(ValueError, match="already registered"):
             _dispatch.register("nothing", _dispatch.KernelBackend(name="gpu", fn=print))

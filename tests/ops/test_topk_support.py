@@ -20,9 +20,7 @@ def chosen(scores, budget, *, backend="auto", q_start=None, mass=None, has_rest=
     scores = torch.as_tensor(scores)[None, None, None]
     mass = mass if mass is None else torch.as_tensor(mass)[None, None, None]
     start = scores.shape[-1] * rule.granularity.kv_block - 1 if q_start is None else q_start
-    found = topk_support(
-        scores, rule=rule, q_start=start, q_len=1, mass=mass, has_rest=has_rest, backend=backend
-    )
+    found = topk_support(scores, rule=rule, q_start=start, q_len=1, mass=mass, has_rest=has_rest, backend=backend)
     assert (found.groups[found.groups >= 0]).numel() == found.counts.item()
     return found.groups[0, 0, 0, : found.counts.item()].tolist()
 
@@ -140,7 +138,7 @@ def test_mass_budget_needs_mass():
 
 
 def test_unknown_backend_names_the_known():
-    with pytest.raises(BackendUnavailableError, match="Unknown backend 'fast' of 'topk_support'; known: .*reference"):
+    with pytest.raises(BackendUnavailableError, match=r"Unknown backend 'fast' of 'topk_support'; known: .*reference"):
         chosen([1.0, 2.0, 3.0], 2, backend="fast")
 
 

@@ -2,10 +2,10 @@
 
 import itertools
 
+import oracle64
 import pytest
 import torch
 
-import oracle64
 from topmass.core.budget import Budget
 from topmass.core.granularity import Granularity
 from topmass.core.plan import Plan
@@ -67,7 +67,9 @@ def test_oracle_is_the_rule(g, r, share, pool):
         check(q, k, oracle64.Rule(budget=smallest + more, **fields))
 
 
-@pytest.mark.parametrize("budget", [14, 25, "1%", "30%", "100%", "mass:0.3<=20", "mass:0.9<=14", "mass:0.9<=60", "mass:0.01<=14"])
+@pytest.mark.parametrize(
+    "budget", [14, 25, "1%", "30%", "100%", "mass:0.3<=20", "mass:0.9<=14", "mass:0.9<=60", "mass:0.01<=14"]
+)
 @pytest.mark.parametrize(
     ("g", "r", "sink", "window"),
     [
@@ -232,6 +234,8 @@ def test_streaming_reads_sink_and_window():
 
 
 class TestRandom:
+    """The random selector."""
+
     def support(self, n=64, *, layer=0, **fields):
         q, k = tensors(n)
         return RandomSelector(**{"budget": 9, **fields}).select(AttentionInputs(q=q, k=k, layer=layer)).mask(n)
@@ -266,12 +270,12 @@ class TestRandom:
 
 
 class TestPreviousLayer:
+    """The support of the layer before."""
+
     def test_each_layer_reads_what_the_one_before_found(self):
         selector, own, carry = PreviousLayerSelector(budget=6), OracleSelector(budget=6), {}
         layers = [tensors(30, seed=i) for i in range(3)]
-        found = [
-            selector.select(AttentionInputs(q=q, k=k, layer=i, carry=carry)) for i, (q, k) in enumerate(layers)
-        ]
+        found = [selector.select(AttentionInputs(q=q, k=k, layer=i, carry=carry)) for i, (q, k) in enumerate(layers)]
         alone = [own.select(AttentionInputs(q=q, k=k)) for q, k in layers]
 
         assert found[0].groups.equal(alone[0].groups)
@@ -286,6 +290,8 @@ class TestPreviousLayer:
 
 
 class TestExternal:
+    """Supports from elsewhere."""
+
     def test_hands_out_the_rows_asked_for(self):
         q, k = tensors(30)
         whole = OracleSelector(budget=6, granularity=Granularity(q_block=4)).select(AttentionInputs(q=q, k=k))
@@ -319,9 +325,9 @@ def test_without_mass_no_mass_budget(cls):
 
 
 def test_dense_selects_nothing():
+    q, k = tensors(3)
     assert DenseSelector().rule(0) is None
     with pytest.raises(ConfigError, match="dense"):
-        q, k = tensors(3)
         DenseSelector().select(AttentionInputs(q=q, k=k))
 
 
@@ -367,7 +373,9 @@ def test_fingerprints_follow_the_configuration():
         {"pool": "max"},
         {"dense_below": 100},
     ]
-    selectors = [cls(**{**base, **v}) for v in variants for cls in (OracleSelector, RandomSelector, PreviousLayerSelector)]
+    selectors = [
+        cls(**{**base, **v}) for v in variants for cls in (OracleSelector, RandomSelector, PreviousLayerSelector)
+    ]
     selectors += [RandomSelector(budget=64, seed=1), StreamingSelector(), StreamingSelector(sink=0), DenseSelector()]
     assert len({s.fingerprint for s in selectors}) == len(selectors)
     assert OracleSelector(budget="64").fingerprint == OracleSelector(budget=Budget(tokens=64)).fingerprint

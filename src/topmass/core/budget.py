@@ -52,7 +52,9 @@ class Budget:
             if value is None:
                 continue
             if not isinstance(value, Fraction):
-                raise ConfigError(f"A budget's {name} is a Fraction, got {value!r}; Budget.parse reads text such as '5%'.")
+                raise ConfigError(
+                    f"A budget's {name} is a Fraction, got {value!r}; Budget.parse reads text such as '5%'."
+                )
             if not 0 < value <= 1:
                 raise ConfigError(f"A budget's {name} must lie in (0, 1], got {value}.")
             if value.denominator > _LARGEST_DENOMINATOR:

@@ -252,7 +252,9 @@ def _check_cache_layer(cache: Any, layer: int) -> None:
     if layers is None:
         raise UnsupportedModelError(f"A cache of type {type(cache).__name__} is not supported; use DynamicCache.")
     if getattr(cache, "offloading", False):
-        raise UnsupportedModelError("The cache is offloaded; topmass reads every key of a layer, so use a plain DynamicCache.")
+        raise UnsupportedModelError(
+            "The cache is offloaded; topmass reads every key of a layer, so use a plain DynamicCache."
+        )
     # a cache grows its layers as they are written
     if layer < len(layers) and type(layers[layer]) not in (DynamicLayer, LinearAttentionAndFullAttentionLayer):
         raise UnsupportedModelError(

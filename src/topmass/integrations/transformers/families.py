@@ -1,6 +1,7 @@
 """Model families whose full-attention layers topmass replaces. A new family is one line and one test parameter."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -71,7 +72,7 @@ def find_layers(model: nn.Module) -> tuple[PreTrainedModel, dict[int, nn.Module]
         raise UnsupportedModelError(f"{type(model).__name__} holds {len(inner)} language models; pass one of them.")
     decoder = inner[0]
     family = _FAMILIES[decoder.config.model_type]
-    modules = [m for m in decoder.modules() if type(m).__name__ == family.attention]
+    modules: list[Any] = [m for m in decoder.modules() if type(m).__name__ == family.attention]
     full = {m.layer_idx: m for m in modules if _is_full(decoder, m.layer_idx)}
     if not full:
         raise UnsupportedModelError(
