@@ -312,6 +312,16 @@ def test_decode_dense_reads_every_key(models):
             assert (results[decode] - plain).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("step", [1, 1000])
+def test_the_first_token_of_a_prompt_is_not_generated(models, step):
+    model, cache = models("llama"), DynamicCache()
+    with topmass.sparsify(model, oracle(), record_support=True) as run:
+        in_chunks(model, tiny_models.prompt(1), step)
+        model(tiny_models.prompt(1), past_key_values=cache)
+    receipt = run.receipt.layers[0]
+    assert (receipt.dense_queries, receipt.decode_queries, receipt.keys_read_mean) == ({"within the budget": 2}, 0, 1.0)
+
+
 def test_generated_positions_select_per_query(models):
     model, ids = models("llama"), tiny_models.prompt(24)
     selector = oracle(16, q_block=8)
