@@ -10,9 +10,13 @@ from topmass.cli.eval import EvalConfig, run_eval
 __all__ = ["demo"]
 
 # sized for two CPU cores and a few minutes
-AUDIT = AuditConfig(length=2048, texts=3, budgets=("16", "64", "256"))
+AUDIT = AuditConfig(length=2048, texts=2, budgets=("16", "64", "256"))
 EVAL = EvalConfig(
-    lengths=(2048,), haystacks=8, questions=2, budgets=("16", "64", "256"), baselines=("streaming", "pooled")
+    lengths=(1024,),
+    haystacks=5,
+    budgets=("16", "64", "256"),
+    baselines=("streaming", "pooled"),
+    batch_tokens=10240,
 )
 
 

@@ -21,7 +21,7 @@ from topmass.integrations.transformers._session import LayerCall, Session
 from topmass.integrations.transformers.families import find_layers
 from topmass.integrations.transformers.linear import fast_linear_attention
 from topmass.integrations.transformers.sparsify import sparsify
-from topmass.ops._logits import causal_logits, log_normaliser, rows_that_fit, weighted_values
+from topmass.ops._logits import causal_logits, rows_that_fit, softmax_and_normaliser, weighted_values
 from topmass.ops.sparse_prefill.reference import expand_to_heads
 from topmass.selection import AttentionInputs, OracleSelector, Selector
 from topmass.selection.base import RankedSelector
@@ -332,7 +332,7 @@ class _Probe:
     def _rows(self, call: LayerCall, lo: int, hi: int) -> Tensor:
         q, k, v = call.q[:, lo:hi], call.k[:, :hi], call.v[:, :hi]
         logits = causal_logits(q, k, scale=call.scale, q_start=lo, softcap=call.softcap)
-        p = logits.sub_(log_normaliser(logits, call.sinks)[..., None]).exp_()
+        p, _ = softmax_and_normaliser(logits, call.sinks)
         check_mass(p, layer=call.layer, has_sinks=call.sinks is not None)
         out = weighted_values(p, v)
         for name, selector in self.settings.items():

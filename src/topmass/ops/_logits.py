@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["causal_logits", "log_normaliser", "rows_that_fit", "weighted_values", "workspace"]
+__all__ = ["causal_logits", "rows_that_fit", "softmax_and_normaliser", "weighted_values", "workspace"]
 
 # what a chunk of queries may take: laptops have little memory, GPUs need large chunks to be busy
 WORKSPACE_BYTES = 256 * 2**20
@@ -50,12 +50,24 @@ def causal_logits(
     return logits
 
 
-def log_normaliser(
+def softmax_and_normaliser(
     logits: Float[Tensor, "batch q_heads q_len kv_len"], sinks: Float[Tensor, " q_heads"] | None = None
-) -> Float[Tensor, "batch q_heads q_len"]:
-    """Log-sum-exp over keys, and over the head's learned sink if it has one."""
-    lse = logits.logsumexp(-1)
-    return lse if sinks is None else torch.logaddexp(lse, sinks.to(lse)[:, None].expand_as(lse))
+) -> tuple[Float[Tensor, "batch q_heads q_len kv_len"], Float[Tensor, "batch q_heads q_len"]]:
+    """Probabilities, written over `logits`, and the log-sum-exp over keys and the head's learned sink if it has one.
+
+    A row without any key has probabilities 0 and normaliser -inf.
+    """
+    top = logits.amax(-1, keepdim=True)
+    if sinks is not None:
+        sink = sinks.to(logits)[:, None, None]
+        top = torch.maximum(top, sink)
+    top = top.masked_fill(top == float("-inf"), 0.0)
+    p = logits.sub_(top).exp_()
+    total = p.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + (sink - top).exp()
+    normaliser = (top + total.log()).squeeze(-1)
+    return p.div_(total.masked_fill(total == 0, 1.0)), normaliser
 
 
 def weighted_values(

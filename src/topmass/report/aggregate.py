@@ -183,6 +183,13 @@ class EvalTable:
         ]
         return sorted((c for c in found if c is not None and c.score), key=lambda c: (c.length, c.keys))
 
+    @functools.cached_property
+    def compared(self) -> list[int]:
+        """Lengths at which something other than dense attention ran; all lengths if there is none."""
+        dense = self.dense()
+        sparse = {n for n, _, s in self._rows if s != dense}
+        return [n for n in self.lengths if n in sparse] or self.lengths
+
     def oracle(self, setting: Setting) -> bool:
         """Whether the setting belongs to the oracle that is compared over budgets and granularities."""
         return self.variant is not None and setting.variant() == self.variant

@@ -128,7 +128,7 @@ def _lead(sections: list[Section]) -> tuple[Figure | None, list[Section]]:
 
 
 def _eval_answers(table: EvalTable) -> list[str]:
-    return [_eval_answer(table, n) for n in table.lengths]
+    return [_eval_answer(table, n) for n in table.compared]
 
 
 def _eval_answer(table: EvalTable, length: int) -> str:
@@ -229,9 +229,9 @@ def _accuracy_section(table: EvalTable) -> Section:
         f"(cluster bootstrap over haystacks). {_conditions(table)}"
     )
     _add(items, "accuracy", figures.accuracy_by_keys(table), caption)
-    for n in table.lengths:
+    for n in table.compared:
         caption = f"The same for each task at {tokens(n)} tokens; x: achieved keys per query, y: score (%)."
-        _add(items, f"tasks-{n}", figures.accuracy_by_task(table, n), caption, folded=n != table.lengths[-1])
+        _add(items, f"tasks-{n}", figures.accuracy_by_task(table, n), caption, folded=n != table.compared[-1])
     items += [_dense_table(table)]
     return Section(title="Accuracy against achieved keys", items=items)
 
@@ -257,7 +257,7 @@ def _oracle_section(table: EvalTable) -> Section:
         f"Bold: {_ENOUGH}. A dash: the budget is below the smallest workable one.",
     ]
     items: list[Figure | Table] = []
-    for n in table.lengths:
+    for n in table.compared:
         caption = f"Granularity of selection at {tokens(n)} tokens, at achieved keys; mean over tasks, 95 % intervals."
         _add(items, f"granularity-{n}", figures.granularity(table, n), caption)
         items += _oracle_tables(table, n)
@@ -358,7 +358,7 @@ def _keys(cell: Cell) -> str:
 def _conditions(table: EvalTable) -> str:
     dense = table.dense()
     decode = {s.decode for s in table.settings}
-    counts = {c.score.clusters for n in table.lengths if dense and (c := table.cell(n, dense)) and c.score}
+    counts = {c.score.clusters for n in table.compared if dense and (c := table.cell(n, dense)) and c.score}
     many = " to ".join(f"{k:,}" for k in sorted({min(counts), max(counts)})) if counts else "?"
     return f"Tasks: {', '.join(table.tasks)}; {many} haystacks a length in all; prefill sparse, decoding {'/'.join(sorted(decode))}."
 

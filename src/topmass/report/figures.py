@@ -77,7 +77,7 @@ def write_png(chart: alt.TopLevelMixin, *, scale: float = 2.0) -> bytes:
 def accuracy_by_keys(table: EvalTable) -> alt.TopLevelMixin | None:
     """Macro score against achieved keys, one panel a length, one line a selector."""
     cells = table.cells(table.shown)
-    panels = [_score_panel(table, [c for c in cells if c.length == n], n) for n in table.lengths]
+    panels = [_score_panel(table, [c for c in cells if c.length == n], n) for n in table.compared]
     panels = [p for p in panels if p is not None]
     return _finish(alt.concat(*panels, columns=3, spacing=14)) if panels else None
 

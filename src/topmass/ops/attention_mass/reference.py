@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from topmass.core.granularity import Share
-from topmass.ops._logits import causal_logits, log_normaliser
+from topmass.ops._logits import causal_logits, softmax_and_normaliser
 
 __all__ = ["attention_mass_reference", "average_heads"]
 
@@ -23,8 +23,10 @@ def attention_mass_reference(
 ) -> Float[Tensor, "batch share_heads q_len kv_len"]:
     """Mass rows for a chunk of queries; memory is `q_heads x q_len x kv_len`."""
     logits = causal_logits(q, k, scale=scale, q_start=q_start, softcap=softcap)
-    norm = log_normaliser(logits, sinks) if lse is None else lse.transpose(1, 2).to(logits.dtype)
-    p = logits.sub_(norm[..., None]).exp_()
+    if lse is None:
+        p, _ = softmax_and_normaliser(logits, sinks)
+    else:
+        p = logits.sub_(lse.transpose(1, 2).to(logits.dtype)[..., None]).exp_()
     return average_heads(p, share=share, kv_heads=k.shape[2])
 
 

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from topmass.ops._logits import causal_logits, log_normaliser, rows_that_fit, weighted_values
+from topmass.ops._logits import causal_logits, rows_that_fit, softmax_and_normaliser, weighted_values
 
 __all__ = ["dense_prefill"]
 
@@ -45,7 +45,7 @@ def dense_prefill(
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
-    b, q_len, h, _ = q.shape
+    q_len = q.shape[1]
     q_start = k.shape[1] - q_len
     step = rows_that_fit(q, k.shape[1])
     parts = []
@@ -53,6 +53,6 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | No
         rows = q[:, lo : lo + step]
         stop = q_start + lo + rows.shape[1]
         logits = causal_logits(rows, k[:, :stop], scale=scale, q_start=q_start + lo, softcap=softcap)
-        p = logits.sub_(log_normaliser(logits, sinks)[..., None]).exp_()
+        p, _ = softmax_and_normaliser(logits, sinks)
         parts.append(weighted_values(p, v[:, :stop]).to(q.dtype))
     return torch.cat(parts, 1)

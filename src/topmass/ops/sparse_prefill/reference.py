@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from topmass.core.support import Support
-from topmass.ops._logits import causal_logits, log_normaliser, rows_that_fit, weighted_values
+from topmass.ops._logits import causal_logits, rows_that_fit, softmax_and_normaliser, weighted_values
 
 __all__ = ["expand_to_heads", "sparse_prefill_reference"]
 
@@ -31,9 +31,7 @@ def sparse_prefill_reference(
         kv_len = part.q_start + part.q_len
         logits = causal_logits(q[:, lo:hi], k[:, :kv_len], scale=scale, q_start=part.q_start, softcap=softcap)
         logits.masked_fill_(~expand_to_heads(part.mask(kv_len), h), float("-inf"))
-        norm = log_normaliser(logits, sinks)
-        # a query without any key outputs zeros
-        p = logits.sub_(norm.masked_fill(norm == float("-inf"), 0.0)[..., None]).exp_()
+        p, norm = softmax_and_normaliser(logits, sinks)
         out[:, lo:hi] = weighted_values(p, v[:, :kv_len])
         lse[:, lo:hi] = norm.transpose(1, 2)
     return out, lse
