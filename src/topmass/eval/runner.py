@@ -3,6 +3,7 @@
 import copy
 import json
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -152,7 +153,8 @@ def _samples(
     from topmass.eval.tasks import get_task
 
     chosen = get_task(task)
-    if chosen.filler is None:
+    if chosen.filler is None and haystack is not None:
+        warnings.warn(f"{task} has no filler, so haystack={haystack} has no effect on it", stacklevel=3)
         haystack = None
     questions = min(questions, chosen.max_questions)
     return make_samples(task, tokenizer, length=length, n=n, seed=seed, questions=questions, haystack=haystack)

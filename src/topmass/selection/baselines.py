@@ -91,6 +91,10 @@ class RandomSelector(RankedSelector):
     name: ClassVar[str] = "random"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        RankedSelector.__post_init__(self)
+        _refuse_pool(self)
+
     def group_scores(self, inputs: AttentionInputs, rule: SupportRule) -> _Scores:
         _refuse_mass(self.name, rule)
         b, q_len, h, _ = inputs.q.shape
@@ -112,6 +116,10 @@ class PooledSelector(RankedSelector):
 
     name: ClassVar[str] = "pooled"
     granularity: Granularity = Granularity(kv_block=16)
+
+    def __post_init__(self) -> None:
+        RankedSelector.__post_init__(self)
+        _refuse_pool(self)
 
     def group_scores(self, inputs: AttentionInputs, rule: SupportRule) -> _Scores:
         _refuse_mass(self.name, rule)
@@ -189,6 +197,11 @@ def _digest(support: Support) -> str:
 def _refuse_mass(name: str, rule: SupportRule) -> None:
     if rule.budget is not None and rule.budget.mass is not None:
         raise ConfigError(f"The {name} selector knows no attention mass; give it a budget in tokens or per cent.")
+
+
+def _refuse_pool(selector: RankedSelector) -> None:
+    if selector.pool != "sum":
+        raise ConfigError(f"pool has no effect on the {selector.name} selector, which scores whole groups; leave it out.")
 
 
 def _mix(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
