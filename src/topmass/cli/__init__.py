@@ -52,5 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _say(text: str, error: BaseException, code: int) -> int:
     notes = getattr(error, "__notes__", [])
-    print("topmass: " + "; ".join([text.rstrip("."), *notes]).rstrip(".") + ".", file=sys.stderr)
+    line = "; ".join([text.rstrip("."), *notes]).rstrip(".")
+    print(f"topmass: {line}{'' if line.endswith('?') else '.'}", file=sys.stderr)
     return code

@@ -42,7 +42,7 @@ def get_task(name: str) -> Task:
         return TASKS[name]
     near = difflib.get_close_matches(name, TASKS, n=1)
     hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(TASKS)}."
-    raise ConfigError(f"unknown task {name!r}. {hint}")
+    raise ConfigError(f"Unknown task {name!r}. {hint}")
 
 
 def make_samples(
