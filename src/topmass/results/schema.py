@@ -53,12 +53,19 @@ def _column(name: str, kind: Kind, unit: str, meaning: str, *, nullable: bool = 
 
 
 _SETTING = (
-    _column("selector", "str", "", "Selector: dense, oracle, pooled, previous_layer, streaming, random, indexer."),
+    _column(
+        "selector",
+        "str",
+        "",
+        "Selector: dense, oracle, pooled, previous_layer, streaming, random, external, or one of yours.",
+    ),
     _column("budget", "str", "", "Nominal budget: tokens, a fraction, mass:p<=cap, or a plan.", nullable=True),
     _column("q_block", "int", "tokens", "Queries that share one selection; above 1 the selection is not causal."),
     _column("kv_block", "int", "tokens", "Keys taken or left together."),
     _column("share", "str", "", "Heads that share one selection: layer, kv_head, q_head."),
-    _column("pool", "str", "", "How a group's score is made from its tokens: sum or max."),
+    _column(
+        "pool", "str", "", "How a group's score is made from its tokens: sum or max (oracle and previous_layer only)."
+    ),
     _column("sink", "int", "tokens", "Keys always kept at the start, counted inside the budget."),
     _column("window", "int", "tokens", "Keys always kept just before the query, itself included."),
 )
@@ -68,7 +75,7 @@ _EVAL = Schema(
     key=("task", "length", "seed", "haystack", "question_id", "config"),
     columns=(
         _column("task", "str", "", "Task name."),
-        _column("length", "int", "tokens", "Nominal prompt length."),
+        _column("length", "int", "tokens", "Nominal length: prompt and answer together at most."),
         _column("haystack", "int", "", "Index of the haystack; questions on one haystack are one cluster."),
         _column("question_id", "int", "", "Index of the question on its haystack."),
         _column("seed", "int", "", "Seed of the task generator."),
@@ -86,11 +93,23 @@ _EVAL = Schema(
             "keys_read_mean",
             "float",
             "keys/query",
-            "Achieved keys per query, mean over prefill positions and the layers that may be sparse.",
+            "Achieved keys per query, mean over prefill positions and over the full-attention layers.",
             nullable=True,
         ),
-        _column("seconds", "float", "s", "Wall time of prefill and decoding.", nullable=True),
-        _column("support_recall", "float", "fraction", "Share of the answer's tokens in the supports.", nullable=True),
+        _column(
+            "seconds",
+            "float",
+            "s",
+            "Wall time of prefill and decoding of the batch, divided by its samples.",
+            nullable=True,
+        ),
+        _column(
+            "support_recall",
+            "float",
+            "fraction",
+            "Share of the answer's tokens in the supports; empty until it is measured.",
+            nullable=True,
+        ),
     ),
 )
 
@@ -99,7 +118,12 @@ _AUDIT = Schema(
     key=("text",),
     columns=(
         _column("text", "int", "", "Index of the text; texts are the clusters of every interval."),
-        _column("layer", "int", "", "Layer; -1 is the whole model with every layer sparse."),
+        _column(
+            "layer",
+            "int",
+            "",
+            "Layer, sparse alone where logits are compared; -1 is the whole model with every layer sparse.",
+        ),
         *_SETTING,
         _column("q_len", "int", "tokens", "Length of the text."),
         _column("metric", "str", "", "What `value` is, see below."),
@@ -111,20 +135,38 @@ _AUDIT = Schema(
 SCHEMAS: dict[str, Schema] = {"eval": _EVAL, "audit": _AUDIT}
 
 AUDIT_METRICS: dict[str, tuple[str, str]] = {
-    "retained_mass_mean": ("fraction", "Attention mass on the support, mean over queries."),
+    "retained_mass_mean": ("fraction", "Attention mass on the support, averaged over heads; mean over queries."),
     "retained_mass_p5": ("fraction", "The same, 5th percentile over queries."),
     "retained_mass_p50": ("fraction", "The same, median over queries."),
-    "kl_head_mean": ("nats", "KL(sparse ‖ dense attention), which is -log of a head's retained mass; mean over heads."),
-    "output_rel_error": ("fraction", "Relative error of the attention output."),
-    "dropped_top_share_count": ("fraction", "Share of each head's own top keys that the selection drops, by count."),
+    "kl_head_mean": (
+        "nats",
+        "KL(sparse ‖ dense attention), which is -log of a head's retained mass; mean over heads and queries.",
+    ),
+    "output_rel_error": (
+        "fraction",
+        "Relative error (2-norm over all heads) of the attention output before gate and projection; mean over queries.",
+    ),
+    "dropped_top_share_count": (
+        "fraction",
+        "Share of the keys a head alone would take, at the same budget, that the shared selection drops; sampled tiles.",
+    ),
     "dropped_top_share_mass": ("fraction", "The same, by that head's mass."),
-    "neighbour_overlap_N": ("fraction", "Overlap of the supports of queries N positions apart (N = 2..64)."),
-    "union_growth_N": ("ratio", "Keys in the union over a tile of N queries, over those of one query (N = 2..64)."),
-    "keys_read_mean": ("keys/query", "Achieved keys per query."),
-    "logit_kl": ("nats", "KL between the final logits of the dense and the sparse model, mean over positions."),
-    "top1_agreement": ("fraction", "Positions whose most likely next token is the same."),
-    "ppl_change": ("ratio", "Perplexity of the sparse model over that of the dense one, minus 1."),
-    "plan_budget@M": ("tokens", "Smallest per-query budget of the layer that retains the mass M."),
+    "neighbour_overlap_N": (
+        "fraction",
+        "Jaccard overlap of the supports of the first and the last query of a tile of N (N = 2..64); sampled, q_block 1.",
+    ),
+    "union_growth_N": (
+        "ratio",
+        "Keys in the union over a tile of N queries / mean keys of its queries (N = 2..64); sampled, q_block 1.",
+    ),
+    "keys_read_mean": ("keys/query", "Achieved keys per query, mean over all queries."),
+    "logit_kl": ("nats", "KL(dense ‖ sparse) of the next-token distributions, mean over at most 256 positions."),
+    "top1_agreement": ("fraction", "Share of those positions whose most likely next token is the same."),
+    "ppl_change": ("ratio", "Perplexity of the sparse model over that of the dense one at those positions, minus 1."),
+    "plan_budget@M": (
+        "tokens",
+        "Smallest per-query budget of the layer that retains the mass M on average; sampled tiles.",
+    ),
 }
 
 _TYPES: dict[Kind, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float)}
