@@ -200,6 +200,7 @@ def _rows(
         keys = run.receipt.keys_read_mean
     seconds = (time.perf_counter() - start) / len(batch)
     setting = columns(selector)
+    config, fingerprint = (selector.settings, "") if infeasible else (selector.config(), selector.fingerprint)
     return [
         {
             **setting,
@@ -209,11 +210,9 @@ def _rows(
             "question_id": s.question_id,
             "seed": s.seed,
             "config": name,
-            "dense_below": selector.settings.get("dense_below", 0)
-            if infeasible
-            else selector.config().get("dense_below", 0),
+            "dense_below": config.get("dense_below", 0),
             "decode": decode,
-            "fingerprint": "" if infeasible else selector.fingerprint,
+            "fingerprint": fingerprint,
             "status": "infeasible" if infeasible else "ok",
             "score": None if infeasible else score(s, text),
             "prediction": None if infeasible else text,

@@ -1,4 +1,8 @@
-"""What every Triton backend asks before it runs."""
+"""What every Triton backend asks before it runs.
+
+Kernels are marked `@no_type_check`: jaxtyping's import hook would wrap them, and Triton's interpreter would look for the
+helpers they call among the globals of the wrapper.
+"""
 
 import os
 

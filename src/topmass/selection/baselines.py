@@ -201,7 +201,9 @@ def _refuse_mass(name: str, rule: SupportRule) -> None:
 
 def _refuse_pool(selector: RankedSelector) -> None:
     if selector.pool != "sum":
-        raise ConfigError(f"pool has no effect on the {selector.name} selector, which scores whole groups; leave it out.")
+        raise ConfigError(
+            f"pool has no effect on the {selector.name} selector, which scores whole groups; leave it out."
+        )
 
 
 def _mix(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:

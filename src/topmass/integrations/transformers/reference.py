@@ -28,5 +28,5 @@ def load_reference(*, dtype: torch.dtype | None = None, device: str | torch.devi
         raise DataError(f"The reference checkpoint is missing from {REFERENCE}; reinstall topmass.")
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=dtype).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=dtype).to(device).eval()  # pyright: ignore[reportArgumentType]
     return model, AutoTokenizer.from_pretrained(REFERENCE)

@@ -1,5 +1,7 @@
 """Triton forward of attention mass: log-sum-exp of the dense attention, then probabilities averaged over heads."""
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,7 @@ def why_not(q: Tensor, k: Tensor, lse: Tensor | None, **settings: object) -> str
 
 
 @triton.jit
+@no_type_check
 def _capped(b_s, softcap, CAP: tl.constexpr):
     if CAP:
         b_s = softcap * (2.0 * tl.sigmoid(2.0 * b_s / softcap) - 1.0)
@@ -23,6 +26,7 @@ def _capped(b_s, softcap, CAP: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["TQ", "Q_START"])
+@no_type_check
 def _lse_kernel(
     q, k, lse, scale, softcap,
     sq_b, sq_t, sq_h, sk_b, sk_t, sk_h,
@@ -53,6 +57,7 @@ def _lse_kernel(
 
 
 @triton.jit(do_not_specialize=["TQ", "TK", "Q_START"])
+@no_type_check
 def _mass_kernel(
     q, k, lse, mass, scale, softcap,
     sq_b, sq_t, sq_h, sk_b, sk_t, sk_h,
@@ -67,7 +72,7 @@ def _mass_kernel(
     m_m, m_n, m_d = o_m < TQ, o_n < TK, o_d < D
     b_mass = tl.zeros([BM, BN], tl.float32)
     if i_n * BN <= Q_START + (i_m + 1) * BM - 1:
-        for i in range(0, S):
+        for i in range(S):
             i_h = i_s * S + i
             b_q = tl.load(q + i_b * sq_b + i_h * sq_h + o_m[:, None] * sq_t + o_d[None, :], mask=m_m[:, None] & m_d[None, :], other=0.0)
             b_k = tl.load(k + i_b * sk_b + (i_h // G) * sk_h + o_n[None, :] * sk_t + o_d[:, None], mask=m_n[None, :] & m_d[:, None], other=0.0)

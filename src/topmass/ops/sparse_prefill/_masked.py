@@ -3,6 +3,8 @@
 For diagnostics such as the oracle's tables. Memory is one byte per query and key of a chunk of queries.
 """
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +23,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, support: Support, **settings: objec
 
 
 @triton.jit(do_not_specialize=["TQ", "TK", "Q_START"])
+@no_type_check
 def _masked_kernel(
     q, k, v, mask, out, lse, sinks, scale, softcap,
     sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, so_b, so_t, so_h, sl_b, sl_t, sm_b, sm_s, sm_t,

@@ -1,5 +1,7 @@
 """Triton selection: exact top-k of a row by bisection on its order-preserving bits, ids emitted in order."""
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +29,7 @@ def why_not(scores: Tensor, mass: Tensor | None, *, rule: SupportRule, **setting
 
 
 @triton.jit(do_not_specialize=["N", "NB", "FIRST", "SLOTS"])
+@no_type_check
 def _topk_kernel(
     scores, stops, wants, groups, counts, stride, N, NB, FIRST, SLOTS, BLOCK: tl.constexpr
 ):  # fmt: skip
