@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections import Counter
 from importlib.resources import files
 
 import pytest
@@ -11,7 +12,7 @@ from topmass.errors import ConfigError, DataError
 from topmass.eval.tasks import TASKS, list_tasks, make_samples, score
 from topmass.eval.tasks import words as W
 from topmass.eval.tasks.base import bundled_filler
-from topmass.eval.tasks.marks import counts
+from topmass.eval.tasks.marks import LEAST, counts
 
 COUNTING = ("common_words", "frequent_words", "majority")
 
@@ -94,17 +95,40 @@ def _tallied(sample):
     return next(n for n in names if re.search(rf"\b{n}\b", sample.question)), W.NOUNS
 
 
+def _tally(rng, task, total):
+    """Counts of one question, and how many of them are wanted."""
+    winners, options = (3, 16) if task == "frequent_words" else (1, 8)
+    return counts(rng, total, options, winners=winners, lead=TASKS[task].lead), winners
+
+
+def _errors_of_a_tenth(task, total, trials=300):
+    """Share of the questions that whoever sees a tenth of the marks gets wrong."""
+    rng, wrong = random.Random(0), 0
+    for _ in range(trials):
+        tally, winners = _tally(rng, task, total)
+        seen = Counter(rng.sample(range(len(tally)), total // 10, counts=tally))
+        best = sorted(range(len(tally)), key=lambda o: (-seen[o], rng.random()))[:winners]
+        wrong += max(best) >= winners
+    return wrong / trials
+
+
 @pytest.mark.parametrize("task", COUNTING)
-def test_a_tenth_of_the_marks_errs(task):
-    rng = random.Random(0)
-    wrong = 0
-    for _ in range(200):
-        winners = 3 if task == "frequent_words" else 1
-        tally = counts(rng, 256, 16 if winners == 3 else 8, winners=winners, lead=TASKS[task].lead)
-        marks = [o for o, n in enumerate(tally) for _ in range(n)]
-        seen = rng.sample(marks, len(marks) // 8)
-        wrong += max(sorted(set(seen), key=lambda _: rng.random()), key=seen.count) >= winners
-    assert wrong / 200 > 0.1
+@pytest.mark.parametrize("total", [61, 128, 512])
+def test_a_tenth_of_the_marks_errs_up_to_8000_tokens(task, total):
+    assert _errors_of_a_tenth(task, total) > 0.25
+
+
+@pytest.mark.parametrize("task", COUNTING)
+def test_a_tenth_of_the_marks_suffices_at_64000_tokens(task):
+    assert _errors_of_a_tenth(task, 4096, trials=100) < 0.05
+
+
+@pytest.mark.parametrize("task", COUNTING)
+@pytest.mark.parametrize("total", [24, 61, 128, 512, 4096])
+def test_winners_lead_by_their_floor(task, total):
+    tally, winners = _tally(random.Random(1), task, total)
+    assert abs(sum(tally) - total) < len(tally)
+    assert tally[winners - 1] - max(tally[winners:]) >= max(2, int(LEAST * total / len(tally)))
 
 
 def test_chains_follow_the_assignments(tokenizer):
@@ -119,8 +143,8 @@ def test_chains_follow_the_assignments(tokenizer):
 
 def test_latent_questions_share_no_content_word_with_their_needle(tokenizer):
     for sample in make_samples("latent_association", tokenizer, length=1024, n=4, questions=8):
-        needle = re.search(rf"{sample.references[0]} owns the (\w+)\.", sample.context)
-        field = re.search(r"Who is in (\w+)\?", sample.question)[1]
+        needle = re.search(rf"The code of the (\w+) is {sample.references[0]}\.", sample.context)
+        field = re.search(r"Question: Which number belongs to (\w+)\?", sample.question)[1]
         assert needle[1] in W.INSTRUMENTS[field]
         assert field not in sample.context
 
