@@ -1,14 +1,15 @@
 """Create the project's virtual environment and install what a make target needs.
 
     python3 scripts/bootstrap.py demo    # topmass with its `eval` extra
-    python3 scripts/bootstrap.py test    # the same, the tests and the linters
+    python3 scripts/bootstrap.py test    # the same, the tests, the linters and Triton, for its interpreter
 
 Nothing but the standard library, and no syntax newer than Python 3.6: an old interpreter must live to print its remedy.
 
 Environment variables:
     TOPMASS_TORCH: requirement for torch, taken as it is from pip's own index; default: torch==2.13.0, the CPU build
         where there is no NVIDIA GPU.
-    TOPMASS_EXTRAS: extras of topmass to install; default: eval. `eval,triton` adds Triton (about 1 GB unpacked).
+    TOPMASS_EXTRAS: extras of topmass to install; default: eval for the demo, eval,triton for the tests (Triton is for
+        Linux only and takes about 1 GB unpacked).
     TOPMASS_VENV: where the environment lives; default: .venv.
 """
 # ruff: noqa: T201
@@ -28,6 +29,7 @@ NEWER_PYTHONS = ("python3.13", "python3.12", "python3.11", "python3.14")
 TORCH = "torch==2.13.0"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 GROUPS = {"demo": (), "test": ("test", "lint")}
+EXTRAS = {"demo": "eval", "test": "eval,triton"}
 VERSION = "{}.{}".format(*sys.version_info)
 
 
@@ -120,7 +122,7 @@ def install(target, venv, key):
             "pip found no package index, for the reason above; behind a proxy or mirror set https_proxy or PIP_INDEX_URL"
         )
     install_torch(pip)
-    extras = os.environ.get("TOPMASS_EXTRAS", "eval")
+    extras = os.environ.get("TOPMASS_EXTRAS") or EXTRAS[target]
     say(" and the group ".join([f"installing topmass[{extras}]", *GROUPS[target]]))
     groups = [argument for group in GROUPS[target] for argument in ("--group", group)]
     if not run(*pip, "install", "--editable", f".[{extras}]", *groups):
