@@ -1,0 +1,101 @@
+"""Public entry point of the op: checks, picks a backend, calls it."""
+
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from topmass.core.budget import Budget, BudgetLike
+from topmass.core.granularity import Granularity
+from topmass.core.rule import SupportRule
+from topmass.core.support import Support
+from topmass.errors import ConfigError
+from topmass.ops import _dispatch
+from topmass.ops.index_topk.reference import index_topk_reference
+
+__all__ = ["Reduce", "check_index", "index_topk"]
+
+Reduce = Literal["mean", "max"]
+
+_dispatch.register("index_topk", _dispatch.KernelBackend(name="reference", fn=index_topk_reference))
+
+
+def index_topk(
+    iq: Float[Tensor, "batch q_len heads dim"],
+    ik: Float[Tensor, "batch groups dim"],
+    *,
+    budget: BudgetLike,
+    granularity: Granularity,
+    sink: int = 0,
+    window: int = 1,
+    dense_below: int = 0,
+    q_start: int = 0,
+    reduce: Reduce = "mean",
+    score_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Support:
+    """Support of the best key groups by an indexer's score; ties break to the lower group.
+
+    The score of a group is `q . k / sqrt(dim)`, or with several heads the sum over heads of `ReLU(q . k) / sqrt(dim)`,
+    accumulated in float32 and rounded once to `score_dtype`, then reduced over the queries that share a selection.
+
+    Args:
+        iq: The indexer's queries, positions `q_start ...`, after norm and RoPE.
+        ik: The indexer's keys, one for every complete group from position 0 on: pooled, normed, rotated.
+        budget: Keys per query. Mass is the softmax of the reduced score over the candidates, in the indexer's opinion.
+        granularity: Unit of selection; an indexer selects once for the whole layer.
+        sink: Keys always read at the start, in tokens, inside the budget.
+        window: Keys always read up to and including the query's own, in tokens, inside the budget.
+        dense_below: Queries that see at most this many keys read them all.
+        q_start: Position of the first query.
+        reduce: Score of a query block from its existing queries.
+        score_dtype: Dtype that scores are rounded to. `None` is float16, or float64 for float64 inputs.
+        backend: `"auto"`, or the name of a backend; a name never falls back.
+
+    Raises:
+        ConfigError: The budget does not fit, `reduce` or `granularity.share` is not possible, or keys are missing.
+        DataError: A score is NaN.
+        BackendUnavailableError: No backend can run this call.
+
+    Example:
+        >>> iq, ik = torch.ones(1, 1, 1, 4), torch.tensor([0.1, 0.4, 0.4, 0.3, 0.1])[None, :, None].expand(1, 5, 4)
+        >>> index_topk(iq, ik, budget=3, granularity=Granularity(), q_start=4).groups.tolist()
+        [[[[1, 2]]]]
+    """
+    rule = SupportRule(
+        budget=Budget.parse(budget), granularity=granularity, sink=sink, window=window, dense_below=dense_below
+    )
+    check_index(iq, ik, granularity=granularity, reduce=reduce)
+    first, stop = rule.candidate_range(rule.block_starts(q_start, iq.shape[1]))
+    if iq.shape[1] and ik.shape[1] < int(stop.max()) and first < int(stop.max()):
+        raise ConfigError(f"The queries may read {int(stop.max())} key groups, but ik holds {ik.shape[1]}.")
+    if score_dtype is None:
+        score_dtype = torch.float64 if iq.dtype == torch.float64 else torch.float16
+    if not score_dtype.is_floating_point:
+        raise ConfigError(f"score_dtype must be a floating-point dtype, got {score_dtype}.")
+    kwargs = {"rule": rule, "q_start": q_start, "reduce": reduce, "score_dtype": score_dtype}
+    impl = _dispatch.resolve("index_topk", backend, iq, ik, **kwargs)
+    # autocast would run float32 products in half precision
+    with torch.autocast(iq.device.type, enabled=False):
+        return impl.fn(iq, ik, **kwargs)
+
+
+def check_index(
+    iq: Float[Tensor, "batch q_len heads dim"],
+    ik: Float[Tensor, "batch groups dim"],
+    *,
+    granularity: Granularity,
+    reduce: str,
+) -> None:
+    """Refuse what no indexer can score.
+
+    Raises:
+        ConfigError: `reduce` is unknown, heads do not share their selection, or the dtypes differ.
+    """
+    if reduce not in get_args(Reduce):
+        raise ConfigError(f"reduce must be one of {', '.join(get_args(Reduce))}, got {reduce!r}.")
+    if granularity.share != "layer":
+        raise ConfigError(f"An indexer selects once for all heads: share must be 'layer', got {granularity.share!r}.")
+    if iq.dtype != ik.dtype:
+        raise ConfigError(f"The indexer's queries and keys need one dtype, got {iq.dtype} and {ik.dtype}.")
