@@ -9,6 +9,8 @@ import torch
 from topmass.core.granularity import Granularity
 from topmass.distill import indexer_kl
 from topmass.errors import ConfigError, DataError
+from topmass.ops import _dispatch
+from topmass.ops._triton_common import INTERPRETED
 
 KV_LEN, SCALE = 19, 0.7
 
@@ -163,6 +165,40 @@ def test_gradient_scales_with_what_comes_after():
 
     for once, thrice in zip(plain, torch.autograd.grad(3 * loss, (iq, ik)), strict=True):
         torch.testing.assert_close(thrice, 3 * once)
+
+
+@pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="no kernel of the mass can run here")
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning:triton")
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # the interpreter's; meant here
+@pytest.mark.parametrize("backend", [name for name in _dispatch.available("attention_mass") if name != "reference"])
+def test_kernels_of_the_mass_take_scattered_rows(monkeypatch, backend):
+    q, k, lse, iq, ik, _, settings = make(dtype=torch.float16, sinks=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings["sinks"] = settings["sinks"].to(device)
+    # a key that only the last query sees, far above what earlier ones know: their probability of it overflows
+    k[:, -1] *= 60
+    lse[:, -1] = torch.logsumexp(
+        torch.cat([exact_logits(q, k)[:, -1], settings["sinks"].cpu().double().expand(2, 1, 4).mT], -1), -1
+    )
+    inputs = [x.detach().to(device) for x in (q, k, lse, iq, ik)]
+    rows = torch.tensor([18, 2, 9, 0])
+
+    def gradients():
+        for x in inputs[3:]:
+            x.requires_grad_()
+        loss = indexer_kl(*inputs, granularity=Granularity(), rows=rows, **settings)
+        return [loss.detach(), *torch.autograd.grad(loss, inputs[3:])]
+
+    expected = gradients()
+    monkeypatch.setattr(_dispatch, "available", lambda op: (backend,))
+    found = gradients()
+
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=1e-5)
+
+
+def exact_logits(q, k):
+    return torch.einsum("bthd,bshd->bths", q.double(), k.double().repeat_interleave(2, 2)) * SCALE
 
 
 def test_gradients_are_scaled_before_they_are_narrowed():
