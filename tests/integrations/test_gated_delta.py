@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
+from topmass.integrations.transformers import gated_delta
 from topmass.integrations.transformers.gated_delta import chunk_gated_delta_rule
 
 reference = modeling_qwen3_5.torch_chunk_gated_delta_rule
@@ -85,3 +86,20 @@ def test_low_precision_in_and_out():
     x = inputs(70, 2, 2, dtype=torch.bfloat16)
     out, last = chunk_gated_delta_rule(*x)
     assert (out.dtype, last) == (torch.bfloat16, None)
+
+
+def test_long_inputs_piece_by_piece(monkeypatch) -> None:
+    gen = torch.Generator().manual_seed(3)
+    q, k = (torch.randn(1, 1300, 2, 8, generator=gen, dtype=torch.float64) for _ in range(2))
+    v = torch.randn(1, 1300, 4, 8, generator=gen, dtype=torch.float64)
+    g = -torch.rand(1, 1300, 4, generator=gen, dtype=torch.float64)
+    beta = torch.rand(1, 1300, 4, generator=gen, dtype=torch.float64)
+    settings = {"use_qk_l2norm_in_kernel": True, "output_final_state": True}
+    whole, last = gated_delta.chunk_gated_delta_rule(q, k, v, g, beta, **settings)
+    monkeypatch.setattr(gated_delta, "_segment", lambda value, chunk_size: 512)
+
+    with torch.no_grad():
+        out, state = gated_delta.chunk_gated_delta_rule(q, k, v, g, beta, **settings)
+
+    torch.testing.assert_close(out, whole, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(state, last, rtol=1e-10, atol=1e-12)

@@ -36,6 +36,8 @@ TILES = (2, 4, 8, 16, 32, 64)
 TILE = TILES[-1]
 # per text: tiles of 64 queries on which the costly diagnostics are computed, and positions whose logits are compared
 SAMPLED_TILES = 16
+# tokens of one forward: a multiple of every tile and of every sensible q_block
+CHUNK = 4096
 LOGIT_ROWS = 256
 PLAN_MASSES = (0.9, 0.95, 0.99)
 
@@ -207,20 +209,23 @@ def _audit_text(
 ) -> list[dict[str, Any]]:
     positions = torch.linspace(0, ids.shape[1] - 1, min(LOGIT_ROWS, ids.shape[1]), device=ids.device).long().unique()
     probe = _Probe(settings, ids.shape[1], OracleSelector(budget=sink + window + 1, sink=sink, window=window))
+    chunk = max(CHUNK, probe.multiple)
     with torch.inference_mode(), fast_linear_attention(model):
         with Session(model, probe):
-            dense = _log_probs(model, ids, positions)
+            dense = _log_probs(model, ids, positions, chunk)
         step("dense forward")
         rows = probe.records()
         if not forwards:
             return rows
         for name, selector in settings.items():
             with sparsify(model, selector):
-                rows += _logit_records(dense, _log_probs(model, ids, positions), ids, positions, selector, -1)
+                rows += _logit_records(dense, _log_probs(model, ids, positions, chunk), ids, positions, selector, -1)
             step(f"{name}, all layers")
             for layer in layers if len(layers) > 1 else ():
                 with sparsify(model, _OneLayer(base=selector, layer=layer)):
-                    rows += _logit_records(dense, _log_probs(model, ids, positions), ids, positions, selector, layer)
+                    rows += _logit_records(
+                        dense, _log_probs(model, ids, positions, chunk), ids, positions, selector, layer
+                    )
                 step(f"{name}, layer {layer} alone")
     return rows
 
@@ -243,13 +248,28 @@ class _OneLayer(Selector):
         return {**self.base.config(), "layer": self.layer}
 
 
-def _log_probs(model: Any, ids: Int[Tensor, "1 len"], positions: Int[Tensor, " rows"]) -> Float[Tensor, "rows vocab"]:
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits[0].float()
+def _log_probs(
+    model: Any, ids: Int[Tensor, "1 len"], positions: Int[Tensor, " rows"], chunk: int
+) -> Float[Tensor, "rows vocab"]:
+    logits = torch.cat(list(_logits(model, ids, positions, chunk))).float()
     for rows in logits.split(32):
         rows.copy_(rows.log_softmax(-1))
     if not bool(logits.isfinite().any(-1).all()):
         raise DataError("The model's logits are NaN: the weights hold NaN or infinity; check the checkpoint.")
     return logits
+
+
+def _logits(
+    model: Any, ids: Int[Tensor, "1 len"], positions: Int[Tensor, " rows"], size: int
+) -> Iterator[Float[Tensor, "chunk_rows vocab"]]:
+    # in chunks, so that a long text costs its cache and not its activations
+    cache = None
+    for lo in range(0, ids.shape[1], size):
+        chunk = ids[:, lo : lo + size]
+        here = positions[(positions >= lo) & (positions < lo + chunk.shape[1])] - lo
+        out = model(input_ids=chunk, past_key_values=cache, use_cache=ids.shape[1] > size, logits_to_keep=here)
+        cache = out.past_key_values
+        yield out.logits[0]
 
 
 def _logit_records(
@@ -314,8 +334,11 @@ class _Probe:
         self.settings, self.base = settings, base
         self.tallies: dict[tuple[int, str], _Tally] = defaultdict(_Tally)
         self.curves: dict[int, list[Tensor]] = defaultdict(list)
+        self.sampled: dict[int, int] = defaultdict(int)
         tiles = range(0, q_len, TILE)
         self.stride = max(1, len(tiles) // SAMPLED_TILES)
+        # no query block may be split between two calls of its selector
+        self.multiple = max(TILE, *(columns(s)["q_block"] for s in settings.values()))
         self._carry: dict[tuple[str, int], dict[str, Any]] = defaultdict(dict)
 
     def begin_forward(self) -> None:
@@ -324,13 +347,13 @@ class _Probe:
 
     def __call__(self, call: LayerCall) -> Float[Tensor, "batch q_len q_heads v_dim"]:
         """Dense attention of one layer, measured."""
-        q_len = call.q.shape[1]
+        stop = call.k.shape[1]
         # three arrays of this size are alive at a time
-        step = rows_that_fit(call.q, call.k.shape[1], heads=3 * call.q.shape[2], multiple=TILE)
-        return torch.cat([self._rows(call, lo, min(lo + step, q_len)) for lo in range(0, q_len, step)], 1)
+        step = rows_that_fit(call.q, stop, heads=3 * call.q.shape[2], multiple=self.multiple)
+        return torch.cat([self._rows(call, lo, min(lo + step, stop)) for lo in range(call.q_start, stop, step)], 1)
 
     def _rows(self, call: LayerCall, lo: int, hi: int) -> Tensor:
-        q, k, v = call.q[:, lo:hi], call.k[:, :hi], call.v[:, :hi]
+        q, k, v = call.q[:, lo - call.q_start : hi - call.q_start], call.k[:, :hi], call.v[:, :hi]
         logits = causal_logits(q, k, scale=call.scale, q_start=lo, softcap=call.softcap)
         p, _ = softmax_and_normaliser(logits, call.sinks)
         check_mass(p, layer=call.layer, has_sinks=call.sinks is not None)
@@ -344,12 +367,11 @@ class _Probe:
                 self._measure(self.tallies[call.layer, name], selector, inputs, p, v, out)
         for tile in self._tiles(lo, hi):
             self.curves[call.layer].append(_retention_curve(p[:, :, tile], lo + tile.start, self.base))
+            self.sampled[call.layer] += tile.stop - tile.start
         return out.to(call.q.dtype)
 
     def _tiles(self, lo: int, hi: int) -> list[slice]:
-        starts = [
-            s for s in range(lo, hi, TILE) if (s // TILE) % self.stride == self.stride - 1 or s + TILE >= hi == lo
-        ]
+        starts = [s for s in range(lo, hi, TILE) if (s // TILE) % self.stride == self.stride - 1]
         return [slice(s - lo, min(s + TILE, hi) - lo) for s in starts]
 
     def _measure(
@@ -390,7 +412,9 @@ class _Probe:
             values |= {metric: (mean, _unit(metric)) for metric, mean in tally.means()}
             rows += _records(values, self.settings[name], layer)
         for layer, curves in self.curves.items():
-            rows += [{**row, "budget": None} for row in _records(_plan_values(curves), self.base, layer)]
+            rows += [
+                {**row, "budget": None} for row in _records(_plan_values(curves, self.sampled[layer]), self.base, layer)
+            ]
         return rows
 
 
@@ -449,20 +473,21 @@ def _dropped(
 def _retention_curve(
     p: Float[Tensor, "1 q_heads tile kv_len"], q_start: int, base: OracleSelector
 ) -> Float[Tensor, " kv_len"]:
-    """Mean mass kept by a per-query token budget of 1, 2, ... keys, sink and window first."""
+    """Mass kept by a per-query token budget of 1, 2, ... keys, sink and window first; summed over the queries."""
     mass = p.mean(1)[0].double()
     n, kv_len = mass.shape
     t = torch.arange(q_start, q_start + n, device=p.device)[:, None]
     key = torch.arange(kv_len, device=p.device)
     forced = ((key < base.sink) | (key > t - base.window)) & (key <= t)
     ranked = mass.masked_fill(forced, 2.0).masked_fill(key > t, -1.0).argsort(dim=-1, descending=True, stable=True)
-    return mass.gather(-1, ranked).cumsum(-1).mean(0) + (1 - mass.sum(-1)).mean()
+    return (mass.gather(-1, ranked).cumsum(-1) + (1 - mass.sum(-1, keepdim=True))).sum(0)
 
 
-def _plan_values(curves: Sequence[Float[Tensor, " kv_len"]]) -> dict[str, tuple[float | None, str]]:
+def _plan_values(curves: Sequence[Float[Tensor, " _"]], queries: int) -> dict[str, tuple[float | None, str]]:
     longest = max(len(c) for c in curves)
     # a shorter tile holds all its mass from its end on
-    full = torch.stack([torch.cat([c, c[-1:].expand(longest - len(c))]) for c in curves]).mean(0)
+    total = torch.stack([torch.cat([c, c[-1:].expand(longest - len(c))]) for c in curves]).sum(0)
+    full = total / queries
     return {f"plan_budget@{mass:g}": (float(int((full < mass - 1e-9).sum()) + 1), "tokens") for mass in PLAN_MASSES}
 
 

@@ -57,14 +57,14 @@ def softmax_and_normaliser(
 
     A row without any key has probabilities 0 and normaliser -inf.
     """
+    sink = None if sinks is None else sinks.to(logits)[:, None, None]
     top = logits.amax(-1, keepdim=True)
-    if sinks is not None:
-        sink = sinks.to(logits)[:, None, None]
+    if sink is not None:
         top = torch.maximum(top, sink)
     top = top.masked_fill(top == float("-inf"), 0.0)
     p = logits.sub_(top).exp_()
     total = p.sum(-1, keepdim=True)
-    if sinks is not None:
+    if sink is not None:
         total = total + (sink - top).exp()
     normaliser = (top + total.log()).squeeze(-1)
     return p.div_(total.masked_fill(total == 0, 1.0)), normaliser

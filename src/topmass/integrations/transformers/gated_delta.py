@@ -37,6 +37,15 @@ def chunk_gated_delta_rule(
         g: Logarithm of the decay, at most 0.
         chunk_size: Tokens handled at once; a power of two.
     """
+    settings = {"chunk_size": chunk_size, "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel}
+    segment = _segment(value, chunk_size)
+    if not torch.is_grad_enabled() and key.shape[1] > segment:
+        # long inputs piece by piece: all chunks side by side would hold a state for each
+        out, state = [], initial_state
+        for part in zip(*(x.split(segment, 1) for x in (query, key, value, g, beta)), strict=True):
+            piece, state = chunk_gated_delta_rule(*part, initial_state=state, output_final_state=True, **settings)
+            out.append(piece)
+        return torch.cat(out, 1), state if output_final_state else None
     dtype, length, repeat = query.dtype, key.shape[1], value.shape[2] // key.shape[2]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     with torch.autocast(query.device.type, enabled=False):
@@ -61,6 +70,12 @@ def chunk_gated_delta_rule(
         states, final = _states(last.exp()[..., None] * eye - k_out @ w, k_out @ u, state)
         out = (q * g.exp()[..., None]) @ states + (q @ k.mT * within) @ (u - w @ states)
     return out.flatten(2, 3)[:, :, :length].transpose(1, 2).to(dtype), final if output_final_state else None
+
+
+def _segment(value: Float[Tensor, "batch len v_heads v_dim"], chunk_size: int) -> int:
+    """Tokens, a multiple of the chunk, whose values take 32 MiB in float32 (512 MiB on a GPU)."""
+    per_token = 4 * value.shape[0] * value.shape[2] * value.shape[3]
+    return max((2**29 if value.is_cuda else 2**25) // per_token // chunk_size, 8) * chunk_size
 
 
 def _l2norm(x: Tensor) -> Tensor:
