@@ -47,6 +47,7 @@ def parts() -> dict[str, Part]:
         topmass.PreviousLayerSelector(budget=256),
     ]
     decisive = oracle_grid(BUDGETS)
+    decisive |= oracle_grid((512, 1024, 2048), share="kv_head")
     decisive |= oracle_grid((128, 256, 512), (64,)) | {label(b): b for b in baselines}
     grid = oracle_grid(BUDGETS, (1, 8, 32, 64), (1, 4, 16, 64))
     return {
