@@ -783,3 +783,15 @@ def test_oracle64_knows_padding_from_keys():
     k = torch.tensor([0.0, 3.0, 1.0, 2.0]).view(1, 4, 1, 1).double()
     mask = oracle64.support(q, k, oracle64.Rule(budget=2))[0, 0]
     assert [row.nonzero().flatten().tolist() for row in mask] == [[0], [0, 1], [1, 2], [1, 3]]
+
+
+@pytest.mark.parametrize(
+    "selector", [topmass.OracleSelector(budget=1000), topmass.DenseSelector()], ids=["short", "dense"]
+)
+def test_an_unknown_backend_is_refused_even_if_nothing_is_sparse(models, selector):
+    model = models("llama")
+    with (
+        pytest.raises(BackendUnavailableError, match="Unknown backend 'tritn'"),
+        topmass.sparsify(model, selector, backend="tritn"),
+    ):
+        model(torch.arange(8)[None])

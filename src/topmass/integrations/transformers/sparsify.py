@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from topmass.core.rule import SupportRule
 from topmass.core.support import Support
-from topmass.errors import ConfigError
+from topmass.errors import BackendUnavailableError, ConfigError
 from topmass.integrations.transformers._session import LayerCall, Session
+from topmass.ops import _dispatch
 from topmass.ops._logits import rows_that_fit
 from topmass.ops.dense_prefill import dense_prefill
 from topmass.ops.sparse_prefill import sparse_prefill
@@ -229,6 +230,7 @@ def sparsify(
     Raises:
         UnsupportedModelError: The model, its cache or its mask is one that topmass cannot replace exactly.
         ConfigError: A setting is wrong, or the model is already inside such a block.
+        BackendUnavailableError: `backend` is unknown, or cannot run a call.
 
     Example:
         >>> import torch, topmass
@@ -248,6 +250,9 @@ def sparsify(
         raise ConfigError(
             f"selector must be a topmass selector such as OracleSelector(budget=2048), got {type(selector).__name__}."
         )
+    # a name is checked even if every query of the prompt turns out dense
+    if backend != "auto" and backend not in (known := _dispatch.available("sparse_prefill")):
+        raise BackendUnavailableError(f"Unknown backend {backend!r} of 'sparse_prefill'; known: {', '.join(known)}.")
     run = Run(selector, backend=backend, decode=decode, record_support=record_support)
     with Session(model, run) as session:
         run.receipt = Receipt({i: LayerReceipt(layer=i) for i in sorted(session.layers)})
