@@ -89,7 +89,14 @@ def _try(op: str, backend: str, device: str) -> Any:
 
     from topmass import Budget, SupportRule, ops, selection
 
-    q, k = (torch.ones(1, 64, heads, 64, device=device) for heads in (4, 2))
+    # fused kernels take half precision only
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    q, k = (torch.ones(1, 64, heads, 64, device=device, dtype=dtype) for heads in (4, 2))
+    if op == "dense_lse":
+        return ops.dense_lse(q, k, k, scale=0.1, backend=backend)
+    if op == "indexer_kl":
+        mass = torch.rand(1, 64, 64, device=device)
+        return ops.kl_rows(mass, mass * 2, first=0, stop=torch.arange(64) + 1, backend=backend)
     if op == "attention_mass":
         return ops.attention_mass(q, k, torch.full((1, 64, 4), 5.0, device=device), scale=0.1, backend=backend)
     if op == "topk_support":

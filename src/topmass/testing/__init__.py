@@ -1,9 +1,11 @@
-"""Comparison helpers; shipped so that kernel backends outside this package can use the same gate."""
+"""Comparison helpers and random supports; shipped so that kernels outside this package can use the same gate."""
 
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["assert_as_accurate_as"]
+from topmass.testing.supports import random_support
+
+__all__ = ["assert_as_accurate_as", "random_support"]
 
 
 def assert_as_accurate_as(

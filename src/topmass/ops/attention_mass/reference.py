@@ -1,13 +1,17 @@
 """Definition of attention mass in plain PyTorch."""
 
+from collections.abc import Iterator
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from topmass.core.granularity import Share
-from topmass.ops._logits import causal_logits, softmax_and_normaliser
+from topmass.core.granularity import Granularity, Share
+from topmass.core.rule import SupportRule
+from topmass.ops._logits import causal_logits, rows_that_fit, softmax_and_normaliser
+from topmass.ops.topk_support.reference import pool_scores_reference
 
-__all__ = ["attention_mass_reference", "average_heads"]
+__all__ = ["attention_mass_reference", "average_heads", "pool_mass"]
 
 
 def attention_mass_reference(
@@ -17,17 +21,31 @@ def attention_mass_reference(
     *,
     scale: float,
     q_start: int,
+    positions: Int[Tensor, " q_len"] | None,
     softcap: float | None,
     sinks: Float[Tensor, " q_heads"] | None,
-    share: Share,
-) -> Float[Tensor, "batch share_heads q_len kv_len"]:
-    """Mass rows for a chunk of queries; memory is `q_heads x q_len x kv_len`."""
-    logits = causal_logits(q, k, scale=scale, q_start=q_start, softcap=softcap)
-    if lse is None:
-        p, _ = softmax_and_normaliser(logits, sinks)
-    else:
-        p = logits.sub_(lse.transpose(1, 2).to(logits.dtype)[..., None]).exp_()
-    return average_heads(p, share=share, kv_heads=k.shape[2])
+    granularity: Granularity,
+    pool: str,
+) -> tuple[Float[Tensor, "batch share_heads q_blocks groups"], Float[Tensor, "batch share_heads q_len"]]:
+    """Pooled mass and what each row sums to; a few whole query blocks at a time, beside the result."""
+    settings = {"scale": scale, "softcap": softcap, "sinks": sinks, "share": granularity.share}
+    scores, totals = [], []
+    for rows in _chunks(q, k.shape[1], 0 if positions is not None else q_start, granularity.q_block):
+        start, where = q_start + rows.start, None if positions is None else positions[rows]
+        mass = _mass(q[:, rows], k, None if lse is None else lse[:, rows], q_start=start, positions=where, **settings)
+        totals.append(mass.sum(-1))
+        scores.append(pool_mass(mass, granularity=granularity, q_start=start, pool=pool))
+    if len(scores) == 1:
+        return scores[0], totals[0]
+    return torch.cat(scores, 2), torch.cat(totals, 2)
+
+
+def pool_mass(
+    mass: Float[Tensor, "batch share_heads q_len kv_len"], *, granularity: Granularity, q_start: int, pool: str
+) -> Float[Tensor, "batch share_heads q_blocks groups"]:
+    """Mass at the granularity of a selection, without regard to its sink, window or budget."""
+    rule = SupportRule(budget=None, granularity=granularity)
+    return pool_scores_reference(mass, rule=rule, q_start=q_start, pool=pool)
 
 
 def average_heads(
@@ -40,3 +58,37 @@ def average_heads(
         return p.mean(1, keepdim=True)
     b, h, q_len, kv_len = p.shape
     return torch.mean(p.view(b, kv_heads, h // kv_heads, q_len, kv_len), 2)
+
+
+def _chunks(q: Tensor, kv_len: int, q_start: int, multiple: int) -> Iterator[slice]:
+    # boundaries at absolute positions, so that one query block is never split
+    q_len, step = q.shape[1], rows_that_fit(q, kv_len, multiple=multiple)
+    lo = 0
+    while lo < q_len or lo == 0:
+        hi = min((q_start + lo) // step * step + step - q_start, q_len)
+        yield slice(lo, hi)
+        lo = max(hi, 1)
+
+
+def _mass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    *,
+    scale: float,
+    q_start: int,
+    positions: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    share: Share,
+) -> Float[Tensor, "batch share_heads q_len kv_len"]:
+    logits = causal_logits(
+        q, k, scale=scale, q_start=q_start if positions is None else k.shape[1], softcap=softcap
+    )  # fmt: skip
+    if positions is not None:
+        logits.masked_fill_(torch.arange(k.shape[1], device=q.device) > positions[:, None], float("-inf"))
+    if lse is None:
+        p, _ = softmax_and_normaliser(logits, sinks)
+    else:
+        p = logits.sub_(lse.transpose(1, 2).to(logits.dtype)[..., None]).exp_()
+    return average_heads(p, share=share, kv_heads=k.shape[2])

@@ -1,5 +1,6 @@
 """Public entry point of the op: checks, picks a backend, calls it."""
 
+import importlib.util
 from typing import Literal, get_args
 
 import torch
@@ -12,6 +13,7 @@ from topmass.core.rule import SupportRule
 from topmass.core.support import Support
 from topmass.errors import ConfigError
 from topmass.ops import _dispatch
+from topmass.ops._triton_common import gpu_priority
 from topmass.ops.index_topk.reference import index_topk_reference
 
 __all__ = ["Reduce", "check_index", "index_topk"]
@@ -19,6 +21,17 @@ __all__ = ["Reduce", "check_index", "index_topk"]
 Reduce = Literal["mean", "max"]
 
 _dispatch.register("index_topk", _dispatch.KernelBackend(name="reference", fn=index_topk_reference))
+
+# the reference must import where triton is absent
+if importlib.util.find_spec("triton"):
+    from topmass.ops.index_topk import _triton
+
+    _dispatch.register(
+        "index_topk",
+        _dispatch.KernelBackend(
+            name="triton", fn=_triton.index_topk_triton, why_not=_triton.why_not, priority=gpu_priority(10)
+        ),
+    )
 
 
 def index_topk(
@@ -55,7 +68,7 @@ def index_topk(
 
     Raises:
         ConfigError: The budget does not fit, `reduce` or `granularity.share` is not possible, or keys are missing.
-        DataError: A score is NaN.
+        DataError: A score is NaN. A kernel, which cannot stop to look, ranks NaN lowest instead.
         BackendUnavailableError: No backend can run this call.
 
     Example:
@@ -67,9 +80,11 @@ def index_topk(
         budget=Budget.parse(budget), granularity=granularity, sink=sink, window=window, dense_below=dense_below
     )
     check_index(iq, ik, granularity=granularity, reduce=reduce)
-    first, stop = rule.candidate_range(rule.block_starts(q_start, iq.shape[1]))
-    if iq.shape[1] and ik.shape[1] < int(stop.max()) and first < int(stop.max()):
-        raise ConfigError(f"The queries may read {int(stop.max())} key groups, but ik holds {ik.shape[1]}.")
+    if iq.shape[1]:
+        # the last query block may read the most
+        first, stop = rule.candidate_range(rule.block_starts(q_start + iq.shape[1] - 1, 1))
+        if first < int(stop) and ik.shape[1] < int(stop):
+            raise ConfigError(f"The queries may read {int(stop)} key groups, but ik holds {ik.shape[1]}.")
     if score_dtype is None:
         score_dtype = torch.float64 if iq.dtype == torch.float64 else torch.float16
     if not score_dtype.is_floating_point:

@@ -19,6 +19,8 @@ __all__ = ["sparse_prefill_masked", "why_not"]
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, support: Support, **settings: object) -> str | None:
     """Return why this kernel cannot run the call, or `None`."""
+    if settings.get("page_table") is not None:
+        return "reads keys that lie in one piece, not pages."
     return half_on_gpu(q, k, v)
 
 

@@ -2,7 +2,7 @@
 
 import importlib.util
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from topmass.core.support import Support
@@ -17,7 +17,7 @@ _dispatch.register("sparse_prefill", _dispatch.KernelBackend(name="reference", f
 
 # the reference must import where triton is absent
 if importlib.util.find_spec("triton"):
-    from topmass.ops.sparse_prefill import _masked
+    from topmass.ops.sparse_prefill import _masked, _triton
 
     _dispatch.register(
         "sparse_prefill",
@@ -25,17 +25,24 @@ if importlib.util.find_spec("triton"):
             name="masked", fn=_masked.sparse_prefill_masked, why_not=_masked.why_not, priority=gpu_priority(5)
         ),
     )
+    _dispatch.register(
+        "sparse_prefill",
+        _dispatch.KernelBackend(
+            name="triton", fn=_triton.sparse_prefill_triton, why_not=_triton.why_not, priority=gpu_priority(10)
+        ),
+    )
 
 
 def sparse_prefill(
     q: Float[Tensor, "batch q_len q_heads head_dim"],
-    k: Float[Tensor, "batch kv_len kv_heads head_dim"],
-    v: Float[Tensor, "batch kv_len kv_heads v_dim"],
+    k: Float[Tensor, "kv_batch kv_len kv_heads head_dim"],
+    v: Float[Tensor, "kv_batch kv_len kv_heads v_dim"],
     support: Support,
     *,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Float[Tensor, " q_heads"] | None = None,
+    page_table: Int[Tensor, "batch pages"] | None = None,
     backend: str = "auto",
 ) -> tuple[Float[Tensor, "batch q_len q_heads v_dim"], Float[Tensor, "batch q_len q_heads"]]:
     """Softmax attention of every query over exactly the keys of its support, renormalised.
@@ -46,6 +53,8 @@ def sparse_prefill(
         scale: Multiplies the logits. `None` means `head_dim ** -0.5`.
         softcap: Logits become `softcap * tanh(logits / softcap)`. `None` leaves them.
         sinks: One learned sink logit per query head; it is always kept and holds its mass.
+        page_table: Which page of `k` and `v`, then pools of pages `[pages, page_size, heads, dim]`, holds the tokens
+            `i * page_size ...` of each sequence. `None` means that `k` and `v` hold one sequence per row.
         backend: `"auto"`, or the name of a backend; a name never falls back.
 
     Returns:
@@ -64,7 +73,7 @@ def sparse_prefill(
         >>> sparse_prefill(q, k, k, support)[0].shape
         torch.Size([1, 6, 4, 8])
     """
-    kwargs = _checked(q, k, support, scale, softcap, sinks)
+    kwargs = _checked(q, k, support, scale, softcap, sinks, page_table)
     return resolve_backend(backend, q, k, v, support, **kwargs).fn(q, k, v, support, **kwargs)
 
 
@@ -73,7 +82,15 @@ def resolve_backend(backend: str, *args: object, **kwargs: object) -> _dispatch.
     return _dispatch.resolve("sparse_prefill", backend, *args, **kwargs)
 
 
-def _checked(q: Tensor, k: Tensor, support: Support, scale: float | None, softcap: float | None, sinks: Tensor | None):
+def _checked(
+    q: Tensor,
+    k: Tensor,
+    support: Support,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    page_table: Tensor | None,
+):
     h, hk = q.shape[2], k.shape[2]
     if h % hk:
         raise ConfigError(f"q_heads must be a multiple of kv_heads, got {h} and {hk}.")
@@ -85,8 +102,16 @@ def _checked(q: Tensor, k: Tensor, support: Support, scale: float | None, softca
         raise ConfigError(
             f"share={support.granularity.share!r} needs {expected} selections, the support has {support.groups.shape[1]}."
         )
-    if support.q_start + support.q_len > k.shape[1]:
+    sequences, kv_len = k.shape[:2]
+    if page_table is not None:
+        sequences, kv_len = page_table.shape[0], page_table.shape[1] * k.shape[1]
+    if sequences != q.shape[0]:
         raise ConfigError(
-            f"The support reaches position {support.q_start + support.q_len - 1}, past the {k.shape[1]} keys given."
+            f"q holds {q.shape[0]} sequences, the {'keys' if page_table is None else 'page table'} {sequences}."
         )
-    return {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "softcap": softcap, "sinks": sinks}
+    if support.q_start + support.q_len > kv_len:
+        raise ConfigError(
+            f"The support reaches position {support.q_start + support.q_len - 1}, past the {kv_len} keys given."
+        )
+    settings = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "softcap": softcap, "sinks": sinks}
+    return settings if page_table is None else settings | {"page_table": page_table}

@@ -1,7 +1,7 @@
 """Definition of sparse prefill in plain PyTorch; every other implementation is tested against it."""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from topmass.core.support import Support
@@ -12,16 +12,20 @@ __all__ = ["expand_to_heads", "sparse_prefill_reference"]
 
 def sparse_prefill_reference(
     q: Float[Tensor, "batch q_len q_heads head_dim"],
-    k: Float[Tensor, "batch kv_len kv_heads head_dim"],
-    v: Float[Tensor, "batch kv_len kv_heads v_dim"],
+    k: Float[Tensor, "kv_batch kv_len kv_heads head_dim"],
+    v: Float[Tensor, "kv_batch kv_len kv_heads v_dim"],
     support: Support,
     *,
     scale: float,
     softcap: float | None,
     sinks: Float[Tensor, " q_heads"] | None,
+    page_table: Int[Tensor, "batch pages"] | None = None,
 ) -> tuple[Float[Tensor, "batch q_len q_heads v_dim"], Float[Tensor, "batch q_len q_heads"]]:
     """Masked softmax attention, a chunk of queries at a time; keys past the chunk are never touched."""
     b, q_len, h, _ = q.shape
+    if page_table is not None:
+        table = page_table[:, : -(-(support.q_start + q_len) // k.shape[1])].long()
+        k, v = (x[table].flatten(1, 2) for x in (k, v))
     out = torch.empty(b, q_len, h, v.shape[-1], dtype=q.dtype, device=q.device)
     lse = torch.empty(b, q_len, h, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32, device=q.device)
     step = rows_that_fit(q, support.q_start + q_len)

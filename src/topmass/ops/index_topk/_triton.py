@@ -1,0 +1,178 @@
+"""Triton index_topk: scores of a chunk of rows by tensor cores, then exact selection. The mathematics is in README.md."""
+
+from collections.abc import Iterator
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from topmass.core.rule import SupportRule
+from topmass.core.support import Support
+from topmass.ops._triton_common import half_on_gpu
+from topmass.ops.topk_support._triton import candidates, select_rows
+
+__all__ = ["index_topk_triton", "why_not"]
+
+# scores held at a time
+WORKSPACE_BYTES = 256 * 2**20
+# products of queries and heads in a tile, keys in a tile, tiles that one program walks
+ROWS, KEYS, TILES = 128, 128, 16
+NUM_WARPS, NUM_STAGES = 8, 2
+# rows of scores are whole units
+UNIT = 64
+
+
+def why_not(
+    iq: Tensor, ik: Tensor, *, rule: SupportRule, q_start: int, reduce: str, score_dtype: torch.dtype
+) -> str | None:
+    """Return why this kernel cannot run the call, or `None`."""
+    if reason := half_on_gpu(iq, ik):
+        return reason
+    if score_dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"rounds scores to float16, bfloat16 or float32, not {score_dtype}."
+    if rule.budget is None or rule.budget.mass is not None:
+        return "takes a fixed number of groups, not a mass budget or none."
+    shared = rule.granularity.q_block * triton.next_power_of_2(iq.shape[2])
+    if shared > 2 * ROWS:
+        return f"supports up to {2 * ROWS} query heads in a block, got {shared}."
+    return None
+
+
+@triton.jit(do_not_specialize=["TQ", "NG", "CHUNK", "BLOCK0", "T0", "FIRST", "UNITS"])
+@no_type_check
+def _scores_kernel(
+    iq, ik, stops, scores, scale,
+    sq_b, sq_t, sq_h, sk_b, sk_n,
+    TQ, NG, CHUNK, BLOCK0, T0, FIRST, UNITS,
+    H: tl.constexpr, HP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, MAX: tl.constexpr, ROUND: tl.constexpr, LARGEST: tl.constexpr,
+    UNIT: tl.constexpr,
+):  # fmt: skip
+    # BM rows of queries and heads, heads innermost; BQ queries; BB whole query blocks
+    BQ: tl.constexpr = BM // HP
+    BB: tl.constexpr = BQ // G
+    i_n, i_m, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    # the last block sees most
+    stop = tl.load(stops + BLOCK0 + tl.minimum((i_m + 1) * BB, CHUNK) - 1)
+    begin = FIRST // BN * BN + i_n * TILES * BN
+    end = tl.minimum(begin + TILES * BN, stop)
+    if begin < end:
+        o_r, o_d, o_bn = tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BN)
+        o_bb = i_m * BB + tl.arange(0, BB)
+        t0 = T0 + i_m * BQ
+        o_t, o_h = (t0 + o_r // HP).to(tl.int64), o_r % HP
+        m_r = (o_t >= 0) & (o_t < TQ) & (o_h < H)
+        # [BM, BD]
+        b_q = tl.load(iq + i_b * sq_b + (o_t * sq_t + o_h * sq_h)[:, None] + o_d[None, :], mask=m_r[:, None] & (o_d < D)[None, :], other=0.0)
+        p_k = ik + i_b * sk_b
+        p_s = scores + (i_b * CHUNK + o_bb) * UNITS * UNIT
+        for n in range(begin, end, BN):
+            o_n = n + o_bn
+            # [BN, BD]
+            b_k = tl.load(p_k + o_n.to(tl.int64)[:, None] * sk_n + o_d[None, :], mask=(o_n < NG)[:, None] & (o_d < D)[None, :], other=0.0)
+            m_n = o_n < UNITS * UNIT
+            if G * HP == 1:
+                # [BM, BN]
+                b_s = _rounded(tl.dot(b_q, tl.trans(b_k)) * scale, ROUND, LARGEST)
+                tl.store(p_s[:, None] + o_n[None, :], b_s, mask=(o_bb < CHUNK)[:, None] & m_n[None, :])
+            else:
+                # [BN, BM]: what is summed lies beside each other
+                b_s = tl.dot(b_k, tl.trans(b_q)) * scale
+                if HP > 1:
+                    b_s = tl.sum(tl.reshape(tl.where(b_s > 0, b_s, 0.0), [BN, BQ, HP]), 2)
+                b_s = _rounded(b_s, ROUND, LARGEST)
+                if G > 1:
+                    b_s = tl.reshape(b_s.to(tl.float32), [BN, BB, G])
+                    o_q = t0 + tl.reshape(tl.arange(0, BQ), [BB, G])
+                    m_q = (o_q >= 0) & (o_q < TQ)
+                    if MAX:
+                        b_s = tl.max(tl.where(m_q[None, :, :], b_s, float("-inf")), 2).to(ROUND)
+                    else:
+                        # absent queries score 0
+                        existing = tl.maximum(tl.sum(m_q.to(tl.float32), 1), 1.0)
+                        b_s = tl.div_rn(tl.sum(b_s, 2), tl.broadcast_to(existing[None, :], [BN, BB]))
+                tl.store(p_s[None, :] + o_n[:, None], b_s, mask=(o_bb < CHUNK)[None, :] & m_n[:, None])
+
+
+@triton.jit
+@no_type_check
+def _rounded(b_s, ROUND: tl.constexpr, LARGEST: tl.constexpr):
+    # a NaN fails the comparison and is the lowest score
+    b_s = tl.where(b_s > -LARGEST, b_s, -LARGEST)
+    return tl.minimum(b_s, LARGEST).to(ROUND)
+
+
+def index_topk_triton(
+    iq: Tensor, ik: Tensor, *, rule: SupportRule, q_start: int, reduce: str, score_dtype: torch.dtype
+) -> Support:
+    """Launch the kernels; same contract as `index_topk_reference`, but a NaN score ranks lowest and raises nothing."""
+    B, TQ, H, _ = iq.shape
+    first, stops, wants, _, wanted = candidates(rule, q_start, TQ, iq.device)
+    groups = torch.empty(B, stops.numel(), wanted, dtype=torch.int32, device=iq.device)
+    counts = torch.zeros(B, stops.numel(), dtype=torch.int32, device=iq.device)
+    if wanted and B:
+        pooled = torch.float32 if rule.granularity.q_block > 1 and reduce == "mean" else score_dtype
+        for b, block, rows, stop in _chunks(rule, q_start, TQ, B, heads=H, size=pooled.itemsize):
+            scores = torch.empty(b.stop - b.start, rows, triton.cdiv(stop, UNIT) * UNIT, dtype=pooled, device=iq.device)
+            _score(iq[b], ik[b], stops, scores, rule=rule, q_start=q_start, block=block, stop=stop, reduce=reduce,
+                   score_dtype=score_dtype)  # fmt: skip
+            select_rows(scores, stops, wants, groups[b], counts[b], first=first, block=block, most=stop, wanted=wanted)
+    return Support.from_groups(groups[:, None], counts[:, None], rule=rule, q_start=q_start, q_len=TQ)
+
+
+def _chunks(
+    rule: SupportRule, q_start: int, q_len: int, batch: int, *, heads: int, size: int
+) -> Iterator[tuple[slice, int, int, int]]:
+    """Sequences, first block, blocks, and the end of their candidates: as much as the workspace holds of scores."""
+    g = rule.granularity.q_block
+    blocks = -(-(q_start + q_len) // g) - q_start // g
+    tile = _tile(g, heads) // (triton.next_power_of_2(heads) * g)
+
+    def end_of(block: int) -> int:
+        first, stop = rule.candidate_range(torch.tensor([(q_start // g + block) * g]))
+        return max(int(stop), first + 1)
+
+    def fit(groups: int) -> int:
+        return WORKSPACE_BYTES // (triton.cdiv(groups, UNIT) * UNIT * size)
+
+    together = min(max(fit(end_of(blocks - 1)) // tile, 1), batch)
+    for b in range(0, batch, together):
+        b = slice(b, min(b + together, batch))
+        end = blocks
+        # from the end: later rows are longer
+        while end > 0:
+            stop = end_of(end - 1)
+            # a launch has at most 65535 tiles of rows
+            rows = min(max(fit(stop) // together, tile), 65535 * tile, end)
+            end -= rows
+            yield b, end, rows, stop
+
+
+def _tile(q_block: int, heads: int) -> int:
+    """Rows of a tile: at least one query block."""
+    return max(q_block * triton.next_power_of_2(heads), ROWS)
+
+
+def _score(
+    iq: Tensor, ik: Tensor, stops: Tensor, scores: Tensor, *, rule: SupportRule, q_start: int, block: int, stop: int,
+    reduce: str, score_dtype: torch.dtype,
+) -> None:  # fmt: skip
+    B, TQ, H, D = iq.shape
+    g = rule.granularity.q_block
+    hp, rows = triton.next_power_of_2(H), _tile(g, H)
+    first = rule.sink_tokens // rule.granularity.kv_block
+    # shared memory holds no more
+    keys = KEYS if D <= 128 else KEYS // 2
+    grid = (
+        triton.cdiv(stop - first // keys * keys, keys * TILES), triton.cdiv(scores.shape[1], rows // (hp * g)), B
+    )  # fmt: skip
+    _scores_kernel[grid](
+        iq, ik, stops, scores, D**-0.5, *iq.stride()[:3], *ik.stride()[:2],
+        TQ, ik.shape[1], scores.shape[1], block, block * g - q_start % g, first, scores.shape[2] // UNIT,
+        H=H, HP=hp, G=g, D=D, BD=max(triton.next_power_of_2(D), 16), BM=rows, BN=keys, TILES=TILES, MAX=reduce == "max",
+        ROUND=getattr(tl, str(score_dtype).removeprefix("torch.")),
+        LARGEST=min(torch.finfo(score_dtype).max, torch.finfo(torch.float32).max), UNIT=UNIT,
+        num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+    )  # fmt: skip
