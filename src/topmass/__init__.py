@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from topmass.core.plan import Plan
     from topmass.core.rule import SupportRule
     from topmass.core.support import Support
+    from topmass.distill import DistillConfig
+    from topmass.distill.trainer import distill
     from topmass.eval.audit import AuditResult, audit
     from topmass.eval.runner import EvalResult, evaluate
     from topmass.eval.tasks import Sample, list_tasks, make_samples
@@ -18,12 +20,16 @@ if TYPE_CHECKING:
     from topmass.selection import (
         DenseSelector,
         ExternalSelector,
+        Indexer,
+        IndexerConfig,
+        IndexerSelector,
         OracleSelector,
         PooledSelector,
         PreviousLayerSelector,
         RandomSelector,
         StreamingSelector,
     )
+    from topmass.selection.indexer import load_indexer, load_reference_indexer
 
 __version__ = "0.1.0"
 
@@ -31,9 +37,13 @@ _WHERE = {
     "AuditResult": "topmass.eval.audit",
     "Budget": "topmass.core.budget",
     "DenseSelector": "topmass.selection",
+    "DistillConfig": "topmass.distill",
     "EvalResult": "topmass.eval.runner",
     "ExternalSelector": "topmass.selection",
     "Granularity": "topmass.core.granularity",
+    "Indexer": "topmass.selection",
+    "IndexerConfig": "topmass.selection",
+    "IndexerSelector": "topmass.selection",
     "OracleSelector": "topmass.selection",
     "Plan": "topmass.core.plan",
     "PooledSelector": "topmass.selection",
@@ -46,19 +56,26 @@ _WHERE = {
     "audit": "topmass.eval.audit",
     "evaluate": "topmass.eval.runner",
     "list_tasks": "topmass.eval.tasks",
+    "load_indexer": "topmass.selection.indexer",
+    "load_reference_indexer": "topmass.selection.indexer",
     "load_reference": "topmass.integrations.transformers.reference",
     "make_samples": "topmass.eval.tasks",
     "sparsify": "topmass.integrations.transformers.sparsify",
 }
-_MODULES = ("errors", "ops", "selection")
+# `distill` is a package that can be called
+_MODULES = ("distill", "errors", "ops", "selection")
 
 __all__ = [
     "AuditResult",
     "Budget",
     "DenseSelector",
+    "DistillConfig",
     "EvalResult",
     "ExternalSelector",
     "Granularity",
+    "Indexer",
+    "IndexerConfig",
+    "IndexerSelector",
     "OracleSelector",
     "Plan",
     "PooledSelector",
@@ -69,10 +86,13 @@ __all__ = [
     "Support",
     "SupportRule",
     "audit",
+    "distill",
     "errors",
     "evaluate",
     "list_tasks",
+    "load_indexer",
     "load_reference",
+    "load_reference_indexer",
     "make_samples",
     "ops",
     "selection",

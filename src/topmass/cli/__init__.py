@@ -19,7 +19,7 @@ def _version() -> str:
 
 app = App(
     name="topmass",
-    help="How much dense attention does a long-context model need? Audit it, evaluate it, report.",
+    help="How much dense attention does a long-context model need? Audit it, distil an indexer, evaluate, report.",
     version=_version,
     default_parameter=Parameter(negative=(), consume_multiple=True),
     config=(apply_recipe,),
@@ -28,6 +28,10 @@ app = App(
 )
 app.command("topmass.cli.audit:audit", name="audit", help="Measure what an oracle's support keeps, layer by layer.")
 app.command("topmass.cli.eval:evaluate", name="eval", help="Score selectors on long-context tasks, paired with dense.")
+app.command("topmass.cli.distill:distill", name="distill", help="Train an indexer that predicts the attention mass.")
+bench = App(name="bench", help="Time kernels beside dense attention, after checking that they are right.")
+bench.command("topmass.cli.bench:kernels", name="kernels", help="Time one layer: dense kernels, and ours by stage.")
+app.command(bench)
 app.command("topmass.cli.report:report", name="report", help="Render runs as Markdown and self-contained HTML.")
 app.command("topmass.cli.demo:demo", name="demo", help="Audit, evaluate and report the bundled model on this machine.")
 app.command("topmass.cli.doctor:doctor", name="doctor", help="Versions, devices, and each kernel backend.")

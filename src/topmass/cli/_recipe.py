@@ -14,7 +14,7 @@ from topmass.errors import ConfigError
 
 __all__ = ["apply_recipe"]
 
-COMMANDS = ("audit", "eval", "demo", "report", "doctor")
+COMMANDS = ("audit", "eval", "distill", "bench", "demo", "report", "doctor")
 # what a recipe cannot set: itself, and how results are printed
 _PRIVATE = ("config", "json")
 
@@ -35,11 +35,18 @@ def apply_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollect
             raise ConfigError(_unknown(path, text, None, table, [f"[{name}]" for name in COMMANDS]))
     names = [name.removeprefix("--") for a in arguments for name in a.names if name.startswith("--")]
     known = sorted({name.replace("-", "_") for name in names} - set(_PRIVATE))
-    table = recipe.get(commands[-1], {})
+    table, where = recipe.get(commands[0], {}), ".".join(commands)
+    for i, command in enumerate(commands[1:], 1):
+        for key, value in table.items():
+            if not isinstance(value, dict):
+                raise ConfigError(_unknown(path, text, ".".join(commands[:i]), key, [f"[{where}]"]))
+        table = table.get(command, {})
     for key in table:
         if key.replace("-", "_") not in known:
-            raise ConfigError(_unknown(path, text, commands[-1], key, known))
-    Dict({commands[-1]: table}, source=str(path))(app, commands, arguments)
+            raise ConfigError(_unknown(path, text, where, key, known))
+    for command in reversed(commands):
+        table = {command: table}
+    Dict(table, source=str(path))(app, commands, arguments)
 
 
 def _read(path: Path) -> tuple[str, dict[str, Any]]:

@@ -36,6 +36,8 @@ class EvalConfig:
         sink: Keys always kept at the start.
         window: Keys always kept up to and including the query's own.
         baselines: Selectors that run beside the oracle at the same budgets in tokens.
+        indexer: Directory of an indexer, or `reference`; runs at every budget per query and at `q_blocks`, with an untrained
+            one beside it, and the report splits what is lost into gaps.
         decode: How generated positions attend.
         haystack: UTF-8 text file that replaces the bundled filler.
         batch_tokens: Prompt tokens computed together.
@@ -55,6 +57,7 @@ class EvalConfig:
     sink: int = 0
     window: int = 1
     baselines: tuple[Baseline, ...] = ()
+    indexer: str | None = None
     decode: Literal["dense", "sparse"] = "dense"
     haystack: Path | None = None
     batch_tokens: int = 4096
@@ -98,9 +101,13 @@ def evaluate(
     rows = summary(table)
     header = ["length", "configuration", "achieved keys", "score (%)", "dense minus this (points)"]
     print_table("mean over tasks, 95 % intervals", header, [list(map(str, row.values())) for row in map(_shown, rows)])
+    gaps = gap_rows(table)
+    if gaps:
+        header = ["length", "budget", "queries sharing", "gap", "points lost", "remark"]
+        print_table("where quality is lost, 95 % intervals", header, [list(_shown_gap(g).values()) for g in gaps])
     say(f"next: topmass report {out}")
     if json:
-        emit({"run": str(out), "cells": rows})
+        emit({"run": str(out), "cells": rows, "gaps": gaps})
 
 
 def run_eval(
@@ -121,7 +128,11 @@ def run_eval(
     path = write_run(
         "eval",
         out,
-        asdict(settings) | {"haystack": str(settings.haystack) if settings.haystack else None},
+        asdict(settings)
+        | {
+            "haystack": str(settings.haystack) if settings.haystack else None,
+            "indexer_digest": _digest(settings.indexer),
+        },
         facts,
         lambda run, report: topmass.evaluate(
             model,
@@ -152,7 +163,7 @@ def selectors(settings: EvalConfig) -> dict[str, Any]:
         ConfigError: A budget cannot be read, or none can hold sink, window and one key group.
     """
     import topmass
-    from topmass.eval.settings import Infeasible, label, oracle_grid
+    from topmass.eval.settings import Infeasible, indexer_grid, label, oracle_grid
 
     budgets = [str(topmass.Budget.parse(b)) for b in settings.budgets]
     pairs = [(settings.q_blocks, settings.kv_blocks)]
@@ -165,10 +176,24 @@ def selectors(settings: EvalConfig) -> dict[str, Any]:
     oracles = [s for name, s in found.items() if name != "dense"]
     if oracles and all(isinstance(s, Infeasible) for s in oracles):
         raise ConfigError(oracles[0].reason)
+    if settings.indexer is not None:
+        found |= indexer_grid(
+            _indexer(settings.indexer), budgets, settings.q_blocks, sink=settings.sink, window=settings.window
+        )
     for kind in settings.baselines:
         made = [_baseline(kind, int(b), settings.seed) for b in budgets if b.isdigit()]
         found |= {label(s): s for s in made}
     return found
+
+
+def _indexer(name: str) -> Any:
+    import topmass
+
+    return topmass.load_reference_indexer() if name == "reference" else topmass.load_indexer(name)
+
+
+def _digest(name: str | None) -> str | None:
+    return None if name is None else _indexer(name).digest
 
 
 def _baseline(kind: Baseline, budget: int, seed: int) -> Any:
@@ -202,6 +227,36 @@ def summary(table: "EvalTable") -> list[dict[str, Any]]:
         for c in cells
         if c is not None
     ]
+
+
+def gap_rows(table: "EvalTable") -> list[dict[str, Any]]:
+    """One entry per length, indexer setting and gap, and for all lengths together if there are several."""
+    from topmass.report.gaps import find_gaps
+
+    pooled = [table.compared] if len(table.compared) > 1 else []
+    return [
+        {
+            "lengths": lengths,
+            "gap": g.name,
+            "setting": asdict(g.served),
+            "points": asdict(g.interval) if g.interval else None,
+            "remark": g.reason if g.interval else f"not measured: {g.reason}",
+        }
+        for lengths in [*([n] for n in table.compared), *pooled]
+        for g in find_gaps(table, lengths)
+    ]
+
+
+def _shown_gap(entry: dict[str, Any]) -> dict[str, str]:
+    s = entry["setting"]
+    return {
+        "length": " + ".join(map(str, entry["lengths"])),
+        "budget": s["budget"],
+        "queries": str(s["q_block"]),
+        "gap": entry["gap"],
+        "points": _interval(entry["points"]),
+        "remark": entry["remark"],
+    }
 
 
 def _shown(entry: dict[str, Any]) -> dict[str, str]:

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from topmass.core.granularity import Granularity
 from topmass.core.rule import SupportRule
 from topmass.errors import ConfigError, DataError
-from topmass.ops import attention_mass
+from topmass.ops import kl_rows, pooled_mass
 from topmass.ops._logits import rows_that_fit
 from topmass.ops.index_topk.interface import Reduce, check_index
 from topmass.ops.index_topk.reference import index_logits, sum_heads
@@ -108,8 +108,8 @@ def indexer_kl(
     if chunk is not None and chunk < 1:
         raise ConfigError(f"chunk must be at least 1 query, got {chunk}.")
     g = granularity.q_block
-    heads = q.shape[2] + 2 * iq.shape[2] + 8
-    step = rows_that_fit(q, k.shape[1], heads=heads, multiple=g) if chunk is None else -(-chunk // g) * g
+    # rows of the mass, of every head's logits and of what is made of them
+    step = rows_that_fit(q, k.shape[1], heads=2 * iq.shape[2] + 8, multiple=g) if chunk is None else -(-chunk // g) * g
     problem = _Problem(
         q=q.detach(),
         k=k.detach(),
@@ -158,7 +158,7 @@ class _Problem:
     softcap: float | None
     rule: SupportRule
     q_start: int
-    pool: str
+    pool: Pool
     reduce: str
     mask_forced: bool
     rows: Int[Tensor, " rows"]
@@ -184,24 +184,26 @@ class _Problem:
 
     def mass(
         self, t: Int[Tensor, " queries"]
-    ) -> tuple[Float[Tensor, "batch queries keys"], Float[Tensor, "batch queries"]]:
-        """Attention mass of queries at ascending positions, and what each row, with the learned sinks, sums to."""
-        end = int(t[-1]) + 1
-        row = (t - self.q_start).to(self.q.device)
-        lse = self.lse[:, row]
-        # as if they were the last queries: each sees at least its own keys, and the rest is put out afterwards
-        mass = attention_mass(
-            self.q[:, row],
-            self.k[:, :end],
+    ) -> tuple[Float[Tensor, "batch queries columns"], Float[Tensor, "batch queries"]]:
+        """Attention mass of queries at ascending positions, and what each row, with the learned sinks, sums to.
+
+        Columns are key groups at `q_block=1`; otherwise keys, since a block's queries are averaged before they are pooled.
+        """
+        by_query = self.rule.granularity.q_block == 1
+        where = t.to(self.q.device)
+        lse = self.lse[:, where - self.q_start]
+        mass, total = pooled_mass(
+            self.q[:, where - self.q_start],
+            self.k[:, : int(t[-1]) + 1],
             lse,
             scale=self.scale,
-            q_start=end - len(t),
+            granularity=self.rule.granularity if by_query else Granularity(),
+            pool=self.pool,
+            positions=where,
             softcap=self.softcap,
             sinks=self.sinks,
-        )[:, 0]
-        future = torch.arange(end, device=mass.device) > t.to(mass.device)[:, None]
-        mass = mass.masked_fill(future, 0.0)
-        total = mass.sum(-1)
+        )
+        mass, total = mass[:, 0], total[:, 0]
         if self.sinks is not None:
             total = total + (self.sinks.to(total.dtype) - lse.to(total.dtype)).exp().mean(-1)
         return mass, total
@@ -243,23 +245,23 @@ def _mean_kl(iq: Tensor, ik: Tensor, problem: _Problem) -> tuple[Tensor, Tensor,
         t, exists = problem.positions(rows)
         mass, total = problem.mass(t)
         totals.append(total)
-        group = torch.arange(n, device=iq.device)
-        seen = (group >= first) & (group < stop.to(iq.device)[:, None])
         exists = exists.to(iq.device)
-        target, live = _target(mass.to(wide), exists, seen, problem)
         query = (t - problem.q_start).to(iq.device)
-        x, y = iq[:, query].to(wide), ik[:, :n].to(wide)
+        x, y = iq[:, query], ik[:, :n]
+        if iq.dtype != ik.dtype or wide != torch.float32:
+            x, y = x.to(wide), y.to(wide)
         logits = index_logits(x, y)
         by_query = _blocks(sum_heads(logits), exists)
         scores = _reduce(by_query, exists, problem.reduce)
-        log_q = scores.masked_fill(~seen, torch.finfo(wide).min).log_softmax(-1)
-        losses.append((torch.xlogy(target, target) - target * log_q).sum(-1))
-        if problem.wants_gradient:
-            # [batch, rows, groups]: the closed form, 0 where a row has no target
-            slope = (log_q.exp() - target).masked_fill(~(seen & live), 0.0) / count
-            d_x, d_y = _backward(_spread(slope, by_query, scores, exists, problem.reduce), logits, x, y)
-            grad_iq[:, query] = d_x
-            grad_ik[:, :n] += d_y
+        pooled = _pooled(mass.to(wide), exists, n, problem)
+        # [batch, rows, groups]: the closed form, 0 where a row has no target
+        loss, slope = kl_rows(pooled, scores, first=first, stop=stop, wants_slope=problem.wants_gradient)
+        losses.append(loss)
+        if slope is not None:
+            by_query = _spread(slope, by_query, scores, exists, problem.reduce)
+            d_x, d_y = _backward(by_query, logits, x.to(wide), y.to(wide))
+            grad_iq[:, query] = d_x / count
+            grad_ik[:, :n] += d_y / count
     if not losses:
         return torch.zeros((), dtype=wide, device=iq.device), grad_iq, grad_ik
     # the checks come last: one wait for the device, not one per chunk
@@ -270,22 +272,18 @@ def _mean_kl(iq: Tensor, ik: Tensor, problem: _Problem) -> tuple[Tensor, Tensor,
     return loss, grad_iq, grad_ik
 
 
-def _target(
-    mass: Float[Tensor, "batch queries keys"],
-    exists: Bool[Tensor, "rows q_block"],
-    seen: Bool[Tensor, "rows groups"],
-    problem: _Problem,
-) -> tuple[Float[Tensor, "batch rows groups"], Bool[Tensor, "batch rows 1"]]:
-    """Mass pooled as the served selection ranks it and renormalised over what is seen; and which rows have any."""
-    r, n = problem.rule.granularity.kv_block, seen.shape[-1]
+def _pooled(
+    mass: Float[Tensor, "batch queries columns"], exists: Bool[Tensor, "rows q_block"], n: int, problem: _Problem
+) -> Float[Tensor, "batch rows {n}"]:
+    """Mass of the first `n` groups, pooled as the served selection ranks it."""
+    r = problem.rule.granularity.kv_block
+    if exists.shape[1] == 1:
+        return mass[..., :n]
     pooled = _reduce(_blocks(mass[..., : n * r], exists), exists, "mean")
-    if r > 1:
-        tokens = pooled.unflatten(-1, (n, r))
-        pooled = tokens.sum(-1) if problem.pool == "sum" else tokens.amax(-1)
-    pooled = pooled.masked_fill(~seen, 0.0)
-    total = pooled.sum(-1, keepdim=True)
-    live = total > 0
-    return pooled / total.masked_fill(~live, 1.0), live
+    if r == 1:
+        return pooled
+    tokens = pooled.unflatten(-1, (n, r))
+    return tokens.sum(-1) if problem.pool == "sum" else tokens.amax(-1)
 
 
 def _blocks(
@@ -302,6 +300,8 @@ def _blocks(
 def _reduce(
     x: Float[Tensor, "batch rows q_block columns"], exists: Bool[Tensor, "rows q_block"], reduce: str
 ) -> Float[Tensor, "batch rows columns"]:
+    if exists.shape[1] == 1:
+        return x[:, :, 0]
     if reduce == "max":
         return x.masked_fill(~exists[..., None], float("-inf")).amax(2)
     return x.sum(2) / exists.sum(1, keepdim=True)
@@ -315,6 +315,8 @@ def _spread(
     reduce: str,
 ) -> Float[Tensor, "batch queries groups"]:
     """Gradient of each existing query's score; queries that tie for the maximum share it."""
+    if exists.shape[1] == 1:
+        return slope
     if reduce == "max":
         share = ((by_query == scores[:, :, None]) & exists[..., None]).to(slope.dtype)
         share = share / share.sum(2, keepdim=True)
@@ -333,9 +335,10 @@ def _backward(
     """Gradients of the index queries and keys from those of the scores."""
     b, heads, n, groups = logits.shape
     by_head = slope[:, None] if heads == 1 else slope[:, None] * (logits > 0)
-    by_head = (by_head * x.shape[-1] ** -0.5).reshape(b, heads * n, groups)
-    d_x = torch.bmm(by_head, y).view(b, heads, n, -1).transpose(1, 2)
-    d_y = torch.bmm(by_head.mT, x.transpose(1, 2).reshape(b, heads * n, -1))
+    by_head = by_head.reshape(b, heads * n, groups)
+    scale = x.shape[-1] ** -0.5
+    d_x = torch.bmm(by_head, y * scale).view(b, heads, n, -1).transpose(1, 2)
+    d_y = torch.bmm(by_head.mT, (x * scale).transpose(1, 2).reshape(b, heads * n, -1))
     return d_x, d_y
 
 

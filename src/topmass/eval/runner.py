@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from topmass.errors import ConfigError
+from topmass.eval.recall import RecallMeter
 from topmass.eval.settings import Infeasible, columns
 from topmass.eval.tasks import Sample, list_tasks, make_samples, score
 from topmass.integrations.transformers.linear import fast_linear_attention
@@ -194,10 +195,13 @@ def _rows(
     start = time.perf_counter()
     answers = [("", 0)] * len(batch)
     keys: float | None = None
+    kernels: str | None = None
+    meter = RecallMeter()
     if not infeasible:
         with sparsify(model, selector, decode=decode, backend=backend) as run:
+            run.observe = meter
             answers = greedy_answers(model, tokenizer, batch)
-        keys = run.receipt.keys_read_mean
+        keys, kernels = run.receipt.keys_read_mean, run.receipt.kernels
     seconds = (time.perf_counter() - start) / len(batch)
     setting = columns(selector)
     config, fingerprint = (selector.settings, "") if infeasible else (selector.config(), selector.fingerprint)
@@ -220,7 +224,8 @@ def _rows(
             "prompt_tokens": tokens,
             "keys_read_mean": keys,
             "seconds": None if infeasible else seconds,
-            "support_recall": None,
+            "backend": kernels,
+            "support_recall": meter.recall,
         }
         for s, (text, tokens) in zip(batch, answers, strict=True)
     ]

@@ -6,9 +6,10 @@ from typing import Any
 
 from topmass.core.granularity import Granularity, Share
 from topmass.errors import ConfigError
-from topmass.selection import DenseSelector, OracleSelector, Selector
+from topmass.selection import DenseSelector, IndexerSelector, OracleSelector, Selector
+from topmass.selection.indexer import Indexer
 
-__all__ = ["Infeasible", "columns", "label", "oracle_grid"]
+__all__ = ["Infeasible", "columns", "indexer_grid", "label", "oracle_grid"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,8 @@ class Infeasible:
 def columns(selector: Selector | Infeasible) -> dict[str, Any]:
     """The setting columns of a record."""
     config = dict(selector.settings if isinstance(selector, Infeasible) else selector.config())
+    if isinstance(selector, IndexerSelector) and not selector.indexer.info.training_tokens:
+        config["selector"] = "untrained"
     window = config.get("window", 1)
     if config["selector"] == "streaming":
         config["budget"] = str(config["sink"] + window)
@@ -78,4 +81,30 @@ def oracle_grid(
                     config = {"selector": "oracle", "budget": str(budget), "q_block": g, "kv_block": r, "share": share}
                     cell = Infeasible(settings={**config, **settings}, reason=str(error))
                 grid[label(cell)] = cell
+    return grid
+
+
+def indexer_grid(
+    indexer: Indexer, budgets: Iterable[int | str], q_blocks: Iterable[int] = (1,), **settings: Any
+) -> dict[str, Selector | Infeasible]:
+    """The indexer at every budget and query block, and per query an untrained one of the same shape beside it.
+
+    Args:
+        settings: Sink and window.
+    """
+    info = indexer.info
+    untrained = Indexer.create(info.layers, info.fingerprint, granularity=info.granularity, model=info.model)
+    pairs = [(indexer, g) for g in dict.fromkeys((1, *q_blocks))] + [(untrained, 1)]
+    grid: dict[str, Selector | Infeasible] = {}
+    for budget in budgets:
+        for scorer, g in pairs:
+            granularity = Granularity(q_block=g, kv_block=info.kv_block)
+            cell: Selector | Infeasible
+            try:
+                cell = scorer.selector(budget=budget, granularity=granularity, **settings)
+            except ConfigError as error:
+                kind = "indexer" if scorer is indexer else "untrained"
+                config = {"selector": kind, "budget": str(budget), "q_block": g, "kv_block": info.kv_block}
+                cell = Infeasible(settings={**config, **settings}, reason=str(error))
+            grid[label(cell)] = cell
     return grid

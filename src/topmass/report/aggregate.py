@@ -1,7 +1,7 @@
 """From records to the numbers of a report: settings, achieved keys, scores and paired differences with intervals."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -172,6 +172,38 @@ class EvalTable:
                 return None
             strata[task] = _values(common, lambda row, r=reference: r[_sample(row)]["score"] - row["score"])
         return macro_mean(strata, bounds=(-1.0, 1.0))
+
+    def contrast(self, terms: Mapping[int, Mapping[Setting, float]], task: str | None = None) -> Interval | None:
+        """Weighted sum of the scores of several settings on their common samples, mean over tasks and lengths.
+
+        Args:
+            terms: By length the weight of each setting; the positive ones sum to 1, the negative ones to -1.
+            task: `None` takes the unweighted mean over all tasks.
+
+        Returns:
+            `None` if a setting was not run on every task, is infeasible, or shares no sample with the others.
+        """
+        strata = {}
+        for length, weights in terms.items():
+            for name in self.tasks_at(length) if task is None else [task]:
+                groups = [(self._rows.get((length, name, s), {}), w) for s, w in weights.items()]
+                common = [i for i in groups[0][0] if all(i in g and g[i]["score"] is not None for g, _ in groups)]
+                if not common:
+                    return None
+                values = [sum(w * g[i]["score"] for g, w in groups) for i in common]
+                strata[f"{length} {name}"] = values, [i[:2] for i in common]
+        return macro_mean(strata, bounds=(-1.0, 1.0)) if strata else None
+
+    def recall(self, length: int, setting: Setting) -> float | None:
+        """Mean support recall over tasks; `None` if it was not measured."""
+        means = []
+        for task in self.tasks_at(length):
+            rows = self._rows.get((length, task, setting), {}).values()
+            found = [row["support_recall"] for row in rows if row["support_recall"] is not None]
+            if not found:
+                return None
+            means.append(sum(found) / len(found))
+        return sum(means) / len(means) if means else None
 
     def cells(self, keep: Callable[[Setting], bool], *, task: str | None = None) -> list[Cell]:
         """Feasible cells of the settings to keep, by length and achieved keys."""

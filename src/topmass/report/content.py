@@ -2,18 +2,21 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from topmass.report import figures
+from topmass.report import bench, figures
 from topmass.report.aggregate import ENOUGH_POINT, AuditTable, Cell, EvalTable, Setting, budget_order
 from topmass.report.figures import label_of, tokens
+from topmass.report.gaps import Gap, find_gaps
+from topmass.report.timings import BenchTable
 from topmass.results import LoadedRun
 from topmass.results.stats import Interval
 
 __all__ = ["Figure", "Report", "Section", "Table", "compose"]
 
 QUESTION = "How much dense attention does this model need?"
+BENCH_QUESTION = "How long does a sparse layer take beside dense kernels?"
 NOT_CAUSAL = "selection looks at the block's later queries: not causal"
 _ENOUGH = "at most 1 point below dense, with the upper end of the 95 % interval at 2 points or less"
 
@@ -88,9 +91,11 @@ def compose(runs: Sequence[LoadedRun], *, command: str) -> Report:
     """Make the report of runs of one model.
 
     Args:
-        runs: Evaluation runs, audit runs, or both.
+        runs: Evaluation runs, audit runs, or both; or benchmark runs.
         command: How this report is made again.
     """
+    if all(run.kind == "bench" for run in runs):
+        return _compose_bench(runs, command)
     evals = EvalTable([run for run in runs if run.kind == "eval"])
     audits = AuditTable([run for run in runs if run.kind == "audit"])
     scored = bool(evals.variant and evals.dense())
@@ -107,6 +112,32 @@ def compose(runs: Sequence[LoadedRun], *, command: str) -> Report:
         figure=figure,
         facts=_facts(runs, command),
         notes=_notes(evals, audits, runs),
+        sections=sections,
+    )
+
+
+def _compose_bench(runs: Sequence[LoadedRun], command: str) -> Report:
+    table = BenchTable(runs)
+    titles = {"layer": "The layer", "oracle": "The oracle", "kl": "The indexer's loss"}
+    sections = []
+    for what, title in titles.items():
+        items: list[Figure | Table] = []
+        caption = (
+            "Time of one layer against length; bars are p10 to p90. U: keys in the union of 32 neighbours' selections."
+        )
+        _add(items, f"{what}-time", figures.time_by_length(table, what), caption)
+        caption = "Time of the sparse layer against union growth; lines across are the dense kernels of the same runs."
+        _add(items, f"{what}-growth", figures.time_by_growth(table, what), caption)
+        items += [Table(caption=c, header=h, rows=r) for c, h, r in bench.tables(table, what)]
+        sections += [Section(title=title, items=items)] if items else []
+    figure, sections = _lead(sections)
+    return Report(
+        model=runs[0].manifest["model"],
+        question=BENCH_QUESTION,
+        answers=bench.answers(table),
+        figure=figure,
+        facts=_facts(runs, command),
+        notes=bench.notes(table),
         sections=sections,
     )
 
@@ -219,7 +250,8 @@ def _range(interval: Interval, spec: str = ",.0f") -> str:
 def _eval_sections(table: EvalTable) -> list[Section]:
     if not table.lengths:
         return []
-    return [s for s in (_accuracy_section(table), _oracle_section(table), _settings_section(table)) if s.items]
+    sections = (_accuracy_section(table), _gaps_section(table), _oracle_section(table), _settings_section(table))
+    return [s for s in sections if s.items]
 
 
 def _accuracy_section(table: EvalTable) -> Section:
@@ -318,6 +350,78 @@ def _loss(cell: Cell | None) -> str:
         return ""
     text = f"{_points(cell.loss.point)} [{_points(cell.loss.low)}, {_points(cell.loss.high)}]; {cell.keys:,.0f}"
     return f"**{text}**" if cell.enough else text
+
+
+def _gaps_section(table: EvalTable) -> Section:
+    items: list[Figure | Table] = []
+    pooled = [table.compared] if len(table.compared) > 1 else []
+    for lengths in [*pooled, *([n] for n in table.compared)]:
+        gaps = find_gaps(table, lengths)
+        if not gaps:
+            continue
+        where = f"{' and '.join(map(tokens, lengths))} tokens{' together' if len(lengths) > 1 else ''}"
+        chart = figures.gap_bars(gaps, where)
+        caption = "Points lost at each step, paired on the same samples, mean over tasks, with 95 % intervals."
+        _add(items, f"gaps-{'-'.join(map(str, lengths))}", chart, caption, folded=len(lengths) == 1 and bool(pooled))
+        items.append(_gaps_table(table, gaps, lengths, where))
+        items += [_gaps_by_task(table, gaps, lengths, where)]
+    text = [
+        "Dense minus oracle minus indexer minus shared: each step in points, on the same samples; a negative one gains.",
+        "The oracle, per-query indexer and untrained indexer of a row have the same budget. Sharing is compared at equal "
+        "achieved keys, the per-query score interpolated between budgets.",
+        "Support recall: share of the keys of an oracle with the same budget and granularity, over sampled prompt queries.",
+    ]
+    return Section(title="The gaps: where quality is lost", text=text, items=items)
+
+
+def _gaps_table(table: EvalTable, gaps: Sequence[Gap], lengths: Sequence[int], where: str) -> Table:
+    rows = []
+    for served in dict.fromkeys(g.served for g in gaps):
+        mine = {g.name: g for g in gaps if g.served == served}
+        recall = [table.recall(n, served) for n in lengths]
+        known = [r for r in recall if r is not None]
+        rows.append(
+            [
+                served.budget or "",
+                _granularity(served.granularity),
+                *(_gap(mine.get(name)) for name in ("oracle", "indexer", "sharing", "realization", "total")),
+                f"{sum(known) / len(known):.3f}" if known else "",
+            ]
+        )
+    header = ["budget", "granularity", "oracle gap", "indexer gap", "sharing gap", "realization gap", "total", "recall"]
+    shared = any(g.served.q_block > 1 for g in gaps)
+    marked = (
+        f" {NOT_CAUSAL.capitalize()} where queries share; their other gaps are those of the row per query."
+        if shared
+        else ""
+    )
+    return Table(caption=f"{where}: points with 95 % interval, mean over tasks.{marked}", header=header, rows=rows)
+
+
+def _gap(gap: Gap | None) -> str:
+    if gap is None:
+        return ""
+    if gap.interval is None:
+        return f"not measured ({gap.reason})"
+    note = f" {gap.reason}" if gap.reason else ""
+    return f"{_points(gap.interval.point)} [{_points(gap.interval.low)}, {_points(gap.interval.high)}]{note}"
+
+
+def _gaps_by_task(table: EvalTable, gaps: Sequence[Gap], lengths: Sequence[int], where: str) -> Table:
+    served = [s for s in dict.fromkeys(g.served for g in gaps) if s.q_block == 1]
+    dense = table.dense()
+    rows = []
+    for task in table.tasks:
+        found = []
+        for s in served:
+            oracle = replace(s, selector="oracle")
+            terms = [{n: {dense: 1.0, oracle: -1.0} for n in lengths}, {n: {oracle: 1.0, s: -1.0} for n in lengths}]
+            found += [_score(table.contrast(t, task)) for t in terms if dense is not None]
+        rows.append([task, *found])
+    header = ["task", *(f"{step}, {s.budget} keys" for s in served for step in ("dense - oracle", "oracle - indexer"))]
+    return Table(
+        caption=f"{where}: oracle and indexer gap of each task in points.", header=header, rows=rows, folded=True
+    )
 
 
 def _settings_section(table: EvalTable) -> Section:

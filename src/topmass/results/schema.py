@@ -7,7 +7,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-__all__ = ["AUDIT_METRICS", "SCHEMAS", "SCHEMA_VERSION", "Column", "Schema", "check_rows", "markdown", "schema_of"]
+__all__ = [
+    "AUDIT_METRICS",
+    "BENCH_METRICS",
+    "SCHEMAS",
+    "SCHEMA_VERSION",
+    "TTFT_METRICS",
+    "Column",
+    "Schema",
+    "check_rows",
+    "markdown",
+    "schema_of",
+]
 
 SCHEMA_VERSION = 1
 
@@ -57,7 +68,8 @@ _SETTING = (
         "selector",
         "str",
         "",
-        "Selector: dense, oracle, pooled, previous_layer, streaming, random, external, or one of yours.",
+        "Selector: dense, oracle, indexer, untrained (an indexer before training), pooled, previous_layer, streaming, random, "
+        "external, or one of yours.",
     ),
     _column("budget", "str", "", "Nominal budget: tokens, a fraction, mass:p<=cap, or a plan.", nullable=True),
     _column("q_block", "int", "tokens", "Queries that share one selection; above 1 the selection is not causal."),
@@ -104,10 +116,18 @@ _EVAL = Schema(
             nullable=True,
         ),
         _column(
+            "backend",
+            "str",
+            "",
+            "Kernels of the sparse attention that ran, from the receipt; `dense` where none did.",
+            nullable=True,
+        ),
+        _column(
             "support_recall",
             "float",
             "fraction",
-            "Share of the answer's tokens in the supports; empty until it is measured.",
+            "Share of the oracle's keys, at the same budget and granularity, in the supports: mean over sampled prompt "
+            "queries of the batch and over layers; empty where every query is dense.",
             nullable=True,
         ),
     ),
@@ -132,7 +152,81 @@ _AUDIT = Schema(
     ),
 )
 
-SCHEMAS: dict[str, Schema] = {"eval": _EVAL, "audit": _AUDIT}
+_DISTILL = Schema(
+    about="One row per step, layer and metric. Held-out metrics are there at the steps at which they were measured.",
+    key=("step",),
+    columns=(
+        _column("step", "int", "", "Optimiser steps taken."),
+        _column("layer", "int", "", "Layer; -1 is the mean over layers, or the whole run."),
+        _column(
+            "metric",
+            "str",
+            "",
+            "kl, grad_norm, lr, tokens_per_s; held out: recall, retained_mass, oracle_mass.",
+        ),
+        _column("value", "float", "", "The value.", nullable=True),
+        _column("unit", "str", "", "Unit of `value`."),
+    ),
+)
+
+_BENCH = Schema(
+    about="One row per configuration, timed thing, metric and round.",
+    key=("shape", "length", "what", "config"),
+    columns=(
+        _column("shape", "str", "", "Name of the attention shape."),
+        _column("q_heads", "int", "", "Query heads."),
+        _column("kv_heads", "int", "", "Heads of keys and values."),
+        _column("head_dim", "int", "", "Width of every head."),
+        _column("length", "int", "tokens", "Prompt length."),
+        _column("what", "str", "", "What is timed: layer, oracle or kl; also the name of its total."),
+        _column("config", "str", "", "Short label of the configuration, such as `b=2048 q1 k4 layer u=1.5`."),
+        _column("budget", "str", "", "Nominal budget: tokens or a fraction."),
+        _column("q_block", "int", "tokens", "Queries that share one selection."),
+        _column("kv_block", "int", "tokens", "Keys taken or left together."),
+        _column("growth", "float", "ratio", "Union growth that the inputs were made for; empty: none.", nullable=True),
+        _column("name", "str", "", "What the row is of: a dense kernel, a stage, the total, a ceiling."),
+        _column(
+            "role", "str", "", "dense, stage (they sum to about the total), part (inside a stage), total, or ceiling."
+        ),
+        _column("backend", "str", "", "Kernel that ran."),
+        _column("round", "int", "", "Round of the timing; -1 for what is not timed."),
+        _column("metric", "str", "", "What `value` is, see below."),
+        _column("value", "float", "", "The value; empty where the kernel is not there.", nullable=True),
+        _column("unit", "str", "", "Unit of `value`."),
+        _column("status", "str", "", "ok, or why the kernel is not there."),
+    ),
+)
+
+_TTFT = Schema(
+    about="One row per prompt shape, way to attend, metric and round; all ways of one prompt shape ran interleaved.",
+    key=("length", "batch"),
+    columns=(
+        _column("length", "int", "tokens", "Prompt length, exact."),
+        _column("batch", "int", "prompts", "Prompts computed together."),
+        _column("chunk", "int", "tokens", "Tokens of a prompt computed in one forward; 0: all of them."),
+        _column("name", "str", "", "Short label of the way to attend."),
+        _column("role", "str", "", "dense, sparse, or floor: attention replaced by a copy of the values."),
+        *_SETTING,
+        _column("dense_below", "int", "tokens", "Positions up to this length attend densely."),
+        _column("decode", "str", "", "How generated positions attend: dense or sparse."),
+        _column("fingerprint", "str", "", "Hash of the selector's configuration; empty for the floor."),
+        _column("backend", "str", "", "Kernels that ran, from the receipts."),
+        _column("receipt", "str", "", "What each full-attention layer did, a JSON list; empty for the model as it is."),
+        _column("round", "int", "", "Round of the timing; -1 for what is not timed."),
+        _column("metric", "str", "", "What `value` is, see below."),
+        _column("value", "float", "", "The value; empty where it did not run.", nullable=True),
+        _column("unit", "str", "", "Unit of `value`."),
+        _column("status", "str", "", "ok, or why it did not run."),
+    ),
+)
+
+SCHEMAS: dict[str, Schema] = {
+    "eval": _EVAL,
+    "audit": _AUDIT,
+    "distill": _DISTILL,
+    "bench": _BENCH,
+    "ttft": _TTFT,
+}
 
 AUDIT_METRICS: dict[str, tuple[str, str]] = {
     "retained_mass_mean": ("fraction", "Attention mass on the support, averaged over heads; mean over queries."),
@@ -167,6 +261,47 @@ AUDIT_METRICS: dict[str, tuple[str, str]] = {
         "tokens",
         "Smallest per-query budget of the layer that retains the mass M on average; sampled tiles.",
     ),
+}
+
+BENCH_METRICS: dict[str, tuple[str, str]] = {
+    "time": ("ms", "Time of one call in one round."),
+    "flop": ("FLOP", "Floating-point operations that the result needs: causal pairs for dense, keys read for sparse."),
+    "bytes": ("B", "Bytes that a copy reads and writes."),
+    "keys_read_mean": ("keys/query", "Achieved keys per query, mean over all queries."),
+    "union_growth": (
+        "ratio",
+        "Key groups in the union over a tile of 32 queries / mean groups that one of its query blocks selects.",
+    ),
+    "peak_memory": ("GiB", "Memory that the total takes at its peak, beside its inputs."),
+    "gate_error": (
+        "",
+        "Largest error against float64 on the checked rows; of `kl` the largest relative error (2-norm).",
+    ),
+    "gate_plain_error": ("", "The same of plain PyTorch in the dtype of the inputs."),
+    "gate_rows": ("rows", "Selections checked against scores in float64."),
+    "gate_near_ties": ("rows", "Those that differ from the exact ones, within the rounding of scores."),
+    "gate_largest_gap": ("", "Most that a group left out scores above one taken."),
+}
+
+TTFT_METRICS: dict[str, tuple[str, str]] = {
+    "ttft": (
+        "ms",
+        "Wall time from the prompt's ids on the device to the last token's logits on the host, cache written, one round.",
+    ),
+    "layer": (
+        "ms",
+        "Time in a full-attention module, its projections included: mean over these layers, summed over a prompt's chunks.",
+    ),
+    "tpot": ("ms", "Wall time per generated token after that prompt."),
+    "keys_read_mean": ("keys/query", "Achieved keys per prompt query, mean over the full-attention layers."),
+    "peak_memory": ("GiB", "Most memory allocated on the device during a prompt, weights included."),
+    "index_memory": ("MiB", "Index keys and their RoPE tables beside the cache after the prompt."),
+    "kv_memory": ("MiB", "Keys and values in the cache after the prompt."),
+    "gate_error": (
+        "",
+        "Relative error (2-norm) of the logits of a short prompt against the same model with attention in float64.",
+    ),
+    "gate_plain_error": ("", "The same of the reference arithmetic in the model's dtype."),
 }
 
 _TYPES: dict[Kind, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float)}
@@ -235,4 +370,11 @@ def markdown() -> str:
         parts += [f"## {kind}", head, "\n".join(["| column | type | unit | meaning |", "|---|---|---|---|", *rows])]
     metrics = [f"| `{name}` | {unit} | {meaning} |" for name, (unit, meaning) in AUDIT_METRICS.items()]
     parts += ["### Metrics of an audit", "\n".join(["| metric | unit | meaning |", "|---|---|---|", *metrics])]
+    metrics = [f"| `{name}` | {unit} | {meaning} |" for name, (unit, meaning) in BENCH_METRICS.items()]
+    parts += ["### Metrics of a benchmark", "\n".join(["| metric | unit | meaning |", "|---|---|---|", *metrics])]
+    metrics = [f"| `{name}` | {unit} | {meaning} |" for name, (unit, meaning) in TTFT_METRICS.items()]
+    parts += [
+        "### Metrics of a time to first token",
+        "\n".join(["| metric | unit | meaning |", "|---|---|---|", *metrics]),
+    ]
     return "\n\n".join(parts) + "\n"

@@ -39,7 +39,7 @@ def make_manifest(
     """Describe a run that is about to start.
 
     Args:
-        kind: `"eval"` or `"audit"`.
+        kind: `"eval"`, `"audit"`, `"distill"`, `"bench"` or `"ttft"`.
         config: The full resolved configuration; must be JSON.
         model: Name or path of the model.
         weights_hash: Hash of its weights.
@@ -182,6 +182,11 @@ class Run:
         self._journal.close()
         if error is not None and self.rows and self.manifest["finished"] is None:
             error.add_note(f"{len(self.rows)} rows are kept in {_partial(self.path)}; the same command resumes there.")
+
+    @property
+    def directory(self) -> Path:
+        """Where the unfinished run lies; what is put there is part of the run."""
+        return _partial(self.path)
 
     def _key_of(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(row[name] for name in self._key)

@@ -9,12 +9,16 @@ from topmass.selection.baselines import (
     RandomSelector,
     StreamingSelector,
 )
+from topmass.selection.indexer import Indexer, IndexerConfig, IndexerSelector
 from topmass.selection.oracle import OracleSelector
 
 __all__ = [
     "AttentionInputs",
     "DenseSelector",
     "ExternalSelector",
+    "Indexer",
+    "IndexerConfig",
+    "IndexerSelector",
     "OracleSelector",
     "PooledSelector",
     "PreviousLayerSelector",

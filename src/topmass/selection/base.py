@@ -10,13 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from topmass.core.budget import Budget, BudgetLike
-from topmass.core.granularity import Granularity, Share
+from topmass.core.granularity import Granularity
 from topmass.core.plan import Plan
 from topmass.core.rule import SupportRule
 from topmass.core.support import Support
 from topmass.errors import ConfigError
-from topmass.ops.attention_mass import attention_mass
-from topmass.ops.attention_mass.reference import average_heads
+from topmass.ops.attention_mass import pooled_mass
+from topmass.ops.attention_mass.reference import average_heads, pool_mass
 from topmass.ops.topk_support import topk_support
 from topmass.ops.topk_support.interface import Pool
 
@@ -36,6 +36,8 @@ class AttentionInputs:
         softcap: Soft-cap of the logits, if the model has one.
         sinks: Learned sink logit per query head, if the model has them.
         p: Attention probabilities of every head, if somebody computed them already.
+        iq: Queries of the layer's indexer, one for each of `q`, after norm and RoPE, if an indexer selects.
+        ik: Keys of the layer's indexer, one for each complete key group, after pooling, norm and RoPE.
         carry: Scratch that a selector may use to pass something to the next full-attention layer of the same forward.
     """
 
@@ -47,6 +49,8 @@ class AttentionInputs:
     softcap: float | None = None
     sinks: Float[Tensor, " q_heads"] | None = None
     p: Float[Tensor, "batch q_heads q_len kv_len"] | None = None
+    iq: Float[Tensor, "batch q_len heads dim"] | None = None
+    ik: Float[Tensor, "batch groups dim"] | None = None
     carry: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -59,18 +63,22 @@ class AttentionInputs:
         """What multiplies the logits."""
         return self.q.shape[-1] ** -0.5 if self.scale is None else self.scale
 
-    def mass(self, share: Share) -> Float[Tensor, "batch share_heads q_len kv_len"]:
-        """Attention mass of the dense attention, averaged over the heads that share a selection."""
+    def mass(
+        self, granularity: Granularity, pool: Pool = "sum"
+    ) -> tuple[Float[Tensor, "batch share_heads q_blocks groups"], Float[Tensor, "batch share_heads q_len"]]:
+        """Attention mass of the dense attention at a granularity, and what each query's row of it sums to."""
         if self.p is not None:
-            return average_heads(self.p, share=share, kv_heads=self.k.shape[2])
-        return attention_mass(
+            mass = average_heads(self.p, share=granularity.share, kv_heads=self.k.shape[2])
+            return pool_mass(mass, granularity=granularity, q_start=self.start, pool=pool), mass.sum(-1)
+        return pooled_mass(
             self.q,
             self.k,
             scale=self.logit_scale,
+            granularity=granularity,
+            pool=pool,
             q_start=self.start,
             softcap=self.softcap,
             sinks=self.sinks,
-            share=share,
         )
 
 
@@ -87,6 +95,10 @@ class Selector(ABC):
     @abstractmethod
     def select(self, inputs: AttentionInputs) -> Support:
         """Support of the given queries."""
+
+    def score_heads(self, q_heads: int, kv_heads: int) -> int:
+        """Rows of `kv_len` scores that selecting for one query keeps on a GPU; chunks of queries are sized by it."""
+        return q_heads
 
     @abstractmethod
     def config(self) -> dict[str, Any]:

@@ -1,64 +1,51 @@
-"""The indexer of one full-attention layer: small queries and keys whose product predicts the attention mass."""
+"""The indexer: per full-attention layer, small queries and keys whose product predicts the attention mass."""
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from topmass.core.budget import BudgetLike
 from topmass.core.granularity import Granularity
-from topmass.errors import ConfigError
+from topmass.core.plan import Plan
+from topmass.core.rule import SupportRule
+from topmass.core.support import Support
+from topmass.errors import ConfigError, DataError
+from topmass.ops.index_topk import index_topk
+from topmass.selection.artifact import (
+    IndexerConfig,
+    IndexerInfo,
+    ModelFingerprint,
+    ScoreDtype,
+    read_artifact,
+    write_artifact,
+)
+from topmass.selection.base import AttentionInputs, RankedSelector
 
-__all__ = ["IndexerConfig", "LayerIndexer", "ScoreDtype", "rotate_half_split"]
+__all__ = [
+    "Indexer",
+    "IndexerConfig",
+    "IndexerInfo",
+    "IndexerSelector",
+    "LayerIndexer",
+    "ModelFingerprint",
+    "ScoreDtype",
+    "index_rope",
+    "load_indexer",
+    "load_reference_indexer",
+    "rotary_width",
+    "rotate_half_split",
+    "unrotate_half_split",
+]
 
-ScoreDtype = Literal["float16", "bfloat16", "float32"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IndexerConfig:
-    """Shape and arithmetic of a layer's indexer.
-
-    Attributes:
-        hidden_size: Width of the layer's attention input.
-        dim: Width of an index query or key.
-        heads: Query heads; they share one key. One head scores `q . k`, several sum `ReLU(q . k)`.
-        kv_block: Keys pooled into one index key, in tokens; a power of two.
-        rotary_dim: Leading dimensions that RoPE turns; 0 for a layer without RoPE.
-        features: What queries and keys are projected from: `"hidden"`, the layer's attention input after its norm.
-        score_dtype: Dtype that scores are rounded to, in training metrics and in serving alike.
-        norm_eps: Added to the mean square in both norms.
-
-    Raises:
-        ConfigError: A value is out of range.
-    """
-
-    hidden_size: int
-    dim: int = 64
-    heads: int = 1
-    kv_block: int = 1
-    rotary_dim: int = 0
-    features: Literal["hidden"] = "hidden"
-    score_dtype: ScoreDtype = "float16"
-    norm_eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        for name in ("hidden_size", "dim", "heads"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
-        Granularity(kv_block=self.kv_block)
-        if type(self.rotary_dim) is not int or self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.dim:
-            raise ConfigError(f"rotary_dim must be even and in 0..{self.dim} (dim), got {self.rotary_dim!r}.")
-        if self.features != "hidden":
-            raise ConfigError(f"features must be 'hidden', got {self.features!r}.")
-        if self.score_dtype not in get_args(ScoreDtype):
-            raise ConfigError(
-                f"score_dtype must be one of {', '.join(get_args(ScoreDtype))}, got {self.score_dtype!r}."
-            )
-        if not self.norm_eps > 0:
-            raise ConfigError(f"norm_eps must be positive, got {self.norm_eps!r}.")
+REFERENCE = Path(__file__).parents[1] / "assets" / "reference_indexer"
 
 
 class LayerIndexer(nn.Module):
@@ -66,7 +53,8 @@ class LayerIndexer(nn.Module):
 
     A key is pooled before norm and RoPE: mean of the raw keys of a complete group, norm, then RoPE at the group's first
     position. Raw keys are what a cache stores, so that a crop or a chunk boundary inside a group stays exact. Pooling,
-    norm and RoPE run in float32 (float64 for float64 inputs) and round once, to the dtype of the projection.
+    norm and RoPE run in float32 (float64 for float64 inputs) and round once, to the dtype of the projection, which is
+    that of the hidden states.
 
     Example:
         >>> indexer = LayerIndexer(IndexerConfig(hidden_size=16, dim=8, kv_block=4))
@@ -79,7 +67,7 @@ class LayerIndexer(nn.Module):
         super().__init__()
         self.config = config
         self.q_proj = nn.Linear(config.hidden_size, config.heads * config.dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.dim, bias=False)
+        self.k_proj = nn.Linear(config.key_size or config.hidden_size, config.dim, bias=False)
         self.q_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.k_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
 
@@ -99,7 +87,7 @@ class LayerIndexer(nn.Module):
             ConfigError: RoPE tables are missing, not wanted, or of another width.
         """
         self._check_tables(cos, sin)
-        raw = self.q_proj(hidden).unflatten(-1, (self.config.heads, self.config.dim))
+        raw = self._projected(self.q_proj, hidden).unflatten(-1, (self.config.heads, self.config.dim))
         q = self._normed(self.q_norm, raw)
         if cos is not None and sin is not None:
             q = rotate_half_split(q, cos[:, :, None], sin[:, :, None])
@@ -107,7 +95,7 @@ class LayerIndexer(nn.Module):
 
     def project_keys(self, hidden: Float[Tensor, "batch len hidden"]) -> Float[Tensor, "batch len dim"]:
         """Raw keys: neither pooled, nor normed, nor rotated."""
-        return self.k_proj(hidden)
+        return self._projected(self.k_proj, hidden)
 
     def finish_keys(
         self,
@@ -134,6 +122,10 @@ class LayerIndexer(nn.Module):
             k = rotate_half_split(k, cos[:, :whole:r], sin[:, :whole:r])
         return k.to(raw.dtype)
 
+    def _projected(self, linear: nn.Linear, x: Float[Tensor, "batch len width"]) -> Float[Tensor, "batch len out"]:
+        # in the backbone's dtype, whatever the weights are kept in: what autocast does in training
+        return F.linear(x, linear.weight.to(x.dtype))
+
     def _normed(self, norm: nn.RMSNorm, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         return F.rms_norm(x, (self.config.dim,), norm.weight.to(x.dtype), self.config.norm_eps)
@@ -149,6 +141,211 @@ class LayerIndexer(nn.Module):
             raise ConfigError(f"cos and sin must have rotary_dim={width} columns, got {cos.shape[-1]}.")
 
 
+class Indexer(nn.Module):
+    """The indexers of a model's full-attention layers, and what is known about them.
+
+    Attributes:
+        layers: `LayerIndexer` by layer index, written as a string.
+        info: Everything that `indexer.json` says.
+
+    Raises:
+        ConfigError: `info` contradicts itself.
+
+    Example:
+        >>> model = ModelFingerprint(
+        ...     model_type="llama",
+        ...     hidden_size=16,
+        ...     num_layers=2,
+        ...     full_layers=(0, 1),
+        ...     q_heads=4,
+        ...     kv_heads=2,
+        ...     head_dim=4,
+        ...     vocab_size=32,
+        ... )
+        >>> indexer = Indexer.create({1: IndexerConfig(hidden_size=16, dim=8)}, model)
+        >>> print(indexer.selector(budget=64))  # doctest: +ELLIPSIS
+        indexer(budget=64, q_block=1, kv_block=1, share=layer, sink=0, window=1, dense_below=0, reduce=mean, indexer=...)
+    """
+
+    def __init__(self, info: IndexerInfo) -> None:
+        super().__init__()
+        self.info = info
+        with torch.random.fork_rng(devices=[]):
+            self.layers = nn.ModuleDict({str(i): LayerIndexer(config) for i, config in sorted(info.layers.items())})
+
+    @classmethod
+    def create(
+        cls, layers: Mapping[int, IndexerConfig], fingerprint: ModelFingerprint, *, seed: int = 0, **info: Any
+    ) -> "Indexer":
+        """An untrained indexer: where training starts, and the baseline that it has to beat.
+
+        Args:
+            layers: Configuration by layer index.
+            fingerprint: The model that it will serve.
+            seed: Seed of the weights; the same on every machine.
+            info: Other fields of `IndexerInfo`.
+
+        Raises:
+            ConfigError: The configurations contradict each other or the fingerprint.
+        """
+        indexer = cls(IndexerInfo(layers=dict(layers), fingerprint=fingerprint, **info))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for layer in indexer.layers.values():
+                assert isinstance(layer, LayerIndexer)
+                for linear in (layer.q_proj, layer.k_proj):
+                    linear.weight.normal_(0.0, linear.in_features**-0.5, generator=generator)
+        return indexer
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Indexer":
+        """Read what `save` wrote, onto the CPU.
+
+        Raises:
+            DataError: A file is missing, damaged, of another schema, or does not fit the other; the message says which.
+        """
+        info, tensors = read_artifact(path)
+        indexer = cls(info)
+        try:
+            indexer.load_state_dict(tensors, assign=True)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip().rstrip(".")
+            raise DataError(
+                f"The weights in {path} do not fit its indexer.json ({reason}); distil it again."
+            ) from error
+        return indexer
+
+    def save(self, path: str | Path) -> None:
+        """Write `indexer.safetensors` and `indexer.json` into the directory `path`, ready to be pushed to a hub.
+
+        The files are complete before they take their names; after a failure what was there before is still there.
+
+        Raises:
+            DataError: A weight is NaN or infinite, or the directory cannot be written.
+        """
+        write_artifact(path, self.info, self.state_dict())
+
+    def selector(self, *, budget: BudgetLike | Plan, **settings: Any) -> "IndexerSelector":
+        """Selects by this indexer; `settings` are those of `IndexerSelector`."""
+        return IndexerSelector(self, budget=budget, **settings)
+
+    def layer(self, index: int) -> LayerIndexer | None:
+        """The indexer of one layer, or `None` if it has none."""
+        name = str(index)
+        module = self.layers[name] if name in self.layers else None  # noqa: SIM401
+        assert module is None or isinstance(module, LayerIndexer)
+        return module
+
+    @property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits that identify weights and configurations as they are now."""
+        found = hashlib.sha256(json.dumps(self.info.to_json()["layers"], sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+        return found.hexdigest()[:12]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexerSelector(RankedSelector):
+    """Top-k by an indexer's scores: no attention mass is computed.
+
+    Runs inside `topmass.sparsify`, which captures what the indexer reads. Layers that the indexer does not cover stay
+    dense. `pool` has no effect: an indexer scores whole groups.
+
+    Attributes:
+        indexer: A trained indexer, or an untrained one as a baseline.
+        granularity: Unit of selection; `None` takes the one that the indexer was trained for.
+
+    Raises:
+        ConfigError: The budget does not fit, `share` is not `"layer"`, or `kv_block` is not the indexer's.
+    """
+
+    name: ClassVar[str] = "indexer"
+    indexer: Indexer = field(kw_only=False)
+    granularity: Granularity = None  # pyright: ignore[reportAssignmentType]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.indexer, Indexer):
+            raise ConfigError(
+                f"indexer must be a topmass.Indexer, got {type(self.indexer).__name__}; see load_indexer."
+            )
+        if self.granularity is None:
+            object.__setattr__(self, "granularity", self.indexer.info.granularity)
+        if self.granularity.share != "layer":
+            raise ConfigError(
+                f"An indexer selects once for all heads: share must be 'layer', got {self.granularity.share!r}."
+            )
+        if self.granularity.kv_block != (own := self.indexer.info.kv_block):
+            raise ConfigError(
+                f"This indexer pools {own} keys into one: kv_block must be {own}, got {self.granularity.kv_block}."
+            )
+        if self.pool != "sum":
+            raise ConfigError("pool has no effect on the indexer selector, which scores whole groups; leave it out.")
+        RankedSelector.__post_init__(self)
+        # a budget that does not fit is wrong also where layer 0 has no indexer
+        for layer in self.indexer.info.layers:
+            self.rule(layer)
+
+    def rule(self, layer: int) -> SupportRule | None:
+        return RankedSelector.rule(self, layer) if layer in self.indexer.info.layers else None
+
+    def group_scores(self, inputs: AttentionInputs, rule: SupportRule) -> Any:
+        raise NotImplementedError("The op selects by scores that it never writes down.")
+
+    def score_heads(self, q_heads: int, kv_heads: int) -> int:
+        return 1
+
+    def select(self, inputs: AttentionInputs) -> Support:
+        rule = self.rule(inputs.layer)
+        assert rule is not None, "dense layers are never selected for"
+        assert rule.budget is not None
+        if inputs.iq is None or inputs.ik is None:
+            raise ConfigError("The indexer selector needs index queries and keys; run it inside topmass.sparsify.")
+        config = self.indexer.info.layers[inputs.layer]
+        return index_topk(
+            inputs.iq,
+            inputs.ik,
+            budget=rule.budget,
+            granularity=rule.granularity,
+            sink=rule.sink,
+            window=rule.window,
+            dense_below=rule.dense_below,
+            q_start=inputs.start,
+            reduce=config.reduce,
+            # a float64 model is a test of exactness
+            score_dtype=None if inputs.iq.dtype == torch.float64 else getattr(torch, config.score_dtype),
+        )
+
+    def config(self) -> dict[str, Any]:
+        base = {k: v for k, v in RankedSelector.config(self).items() if k != "pool"}
+        first = next(iter(self.indexer.info.layers.values()))
+        return {**base, "reduce": first.reduce, "indexer": self.indexer.digest}
+
+
+def load_indexer(path: str | Path) -> Indexer:
+    """The indexer in the directory `path`, as `topmass distill` and `Indexer.save` write it.
+
+    Raises:
+        DataError: A file is missing, damaged, or of another schema.
+    """
+    return Indexer.load(path)
+
+
+def load_reference_indexer() -> Indexer:
+    """The indexer of the reference checkpoint, see `topmass.load_reference`.
+
+    Raises:
+        DataError: The package was installed without it.
+    """
+    if not REFERENCE.is_dir():
+        raise DataError(
+            f"The reference indexer is missing from {REFERENCE}; reinstall topmass, or make it with "
+            "`topmass distill reference -o DIR` and load it with topmass.load_indexer."
+        )
+    return Indexer.load(REFERENCE)
+
+
 def rotate_half_split(
     x: Float[Tensor, "*shape dim"], cos: Float[Tensor, "*#shape rotary"], sin: Float[Tensor, "*#shape rotary"]
 ) -> Float[Tensor, "*shape dim"]:
@@ -162,3 +359,48 @@ def rotate_half_split(
     low, high = turned.chunk(2, -1)
     turned = turned * cos.to(x.dtype) + torch.cat([-high, low], -1) * sin.to(x.dtype)
     return torch.cat([turned, kept], -1)
+
+
+def index_rope(
+    cos: Float[Tensor, "batch len rotary"], sin: Float[Tensor, "batch len rotary"], rotary_dim: int
+) -> tuple[Float[Tensor, "batch len index_rotary"], Float[Tensor, "batch len index_rotary"]]:
+    """The model's RoPE tables at an indexer's width, both halves alike.
+
+    An indexer narrower than the model's RoPE takes evenly spaced ones of its frequencies. Where the widths divide, these are
+    the frequencies that the model's formula gives for the smaller width: from the fastest to nearly the slowest, so that
+    near positions are told apart and far ones can still be compared by content.
+
+    Args:
+        cos: Cosines as the model's attention receives them.
+        sin: Sines, likewise.
+        rotary_dim: The indexer's `rotary_dim`, at most the model's.
+
+    Raises:
+        ConfigError: `rotary_dim` is beyond the model's.
+    """
+    width = cos.shape[-1]
+    if rotary_dim > width:
+        raise ConfigError(f"The indexer's rotary_dim={rotary_dim} is beyond the model's {width}; distil it again.")
+    pairs = rotary_dim // 2
+    chosen = torch.arange(pairs, device=cos.device) * (width // 2) // max(pairs, 1)
+    return tuple(torch.cat([half, half], -1) for half in (cos[..., chosen], sin[..., chosen]))  # pyright: ignore[reportReturnType]
+
+
+def rotary_width(model: ModelFingerprint) -> int:
+    """Leading dimensions of a head that the model's RoPE turns; 0 without RoPE."""
+    return int(model.head_dim * model.rope.get("partial_rotary_factor", 1.0)) if model.rope else 0
+
+
+def unrotate_half_split(
+    x: Float[Tensor, "*shape dim"], cos: Float[Tensor, "*#shape rotary"], sin: Float[Tensor, "*#shape rotary"]
+) -> Float[Tensor, "*shape dim"]:
+    """The vector that `rotate_half_split` turned into `x`.
+
+    Exact up to rounding for any tables, also those that a model rounded to bfloat16 or multiplied by an attention factor:
+    each pair was multiplied by a 2 x 2 matrix, and is multiplied by its inverse. Runs in float32 (float64 for float64
+    inputs) and rounds once, to the dtype of `x`.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = cos.to(wide), sin.to(wide)
+    norm = cos.square() + sin.square()
+    return rotate_half_split(x.to(wide), cos / norm, -sin / norm).to(x.dtype)

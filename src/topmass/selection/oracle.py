@@ -8,7 +8,6 @@ from torch import Tensor
 
 from topmass.core.rule import SupportRule
 from topmass.errors import DataError
-from topmass.ops.topk_support import pool_scores
 from topmass.selection.base import AttentionInputs, RankedSelector
 
 __all__ = ["OracleSelector"]
@@ -33,13 +32,15 @@ class OracleSelector(RankedSelector):
     ) -> tuple[
         Float[Tensor, "batch share_heads q_blocks groups"], Float[Tensor, "batch share_heads q_blocks groups"] | None
     ]:
-        mass = inputs.mass(self.granularity.share)
-        check_mass(mass, layer=inputs.layer, has_sinks=inputs.sinks is not None)
-        scores = pool_scores(mass, rule=rule, q_start=inputs.start, pool=self.pool)
+        scores, total = inputs.mass(rule.granularity, self.pool)
+        check_totals(total, layer=inputs.layer, has_sinks=inputs.sinks is not None)
         if rule.budget is None or rule.budget.mass is None:
             return scores, None
-        summed = scores if self.pool == "sum" else pool_scores(mass, rule=rule, q_start=inputs.start, pool="sum")
-        return scores, summed
+        return scores, scores if self.pool == "sum" else inputs.mass(rule.granularity)[0]
+
+    def score_heads(self, q_heads: int, kv_heads: int) -> int:
+        # the mass, and what the top-k needs beside it
+        return min(2 * self.granularity.share_heads(q_heads, kv_heads), q_heads)
 
 
 def check_mass(mass: Float[Tensor, "batch share_heads q_len kv_len"], *, layer: int, has_sinks: bool = False) -> None:
@@ -48,7 +49,11 @@ def check_mass(mass: Float[Tensor, "batch share_heads q_len kv_len"], *, layer: 
     Raises:
         DataError: A row holds NaN or does not sum to 1.
     """
-    total = mass.sum(-1)
+    check_totals(mass.sum(-1), layer=layer, has_sinks=has_sinks)
+
+
+def check_totals(total: Float[Tensor, "batch share_heads q_len"], *, layer: int, has_sinks: bool = False) -> None:
+    """Refuse rows that do not sum to 1, as `check_mass` does."""
     good = (total < 1 + 1e-3) & (total > (-1e-3 if has_sinks else 1 - 1e-3))
     if not bool(good.all()):
         raise DataError(

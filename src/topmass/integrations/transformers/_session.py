@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from topmass.errors import ConfigError, DataError, UnsupportedModelError
 from topmass.integrations.transformers.families import find_layers
+from topmass.integrations.transformers.index_keys import CACHE_LAYERS, IndexKeys, KeyRows, LayerInputs
 
 __all__ = ["Attend", "LayerCall", "Session"]
 
@@ -40,9 +40,11 @@ class LayerCall:
         scale, softcap, sinks: As the model uses them.
         decode: True for a single query after a non-empty cache.
         sample: Row of the padded batch, or `None` if the whole batch is here.
+        inputs: What the attention module received for the queries, if the session captures it.
+        index_rows: Raw index keys of all positions, if an indexer serves this layer.
     """
 
-    __slots__ = ("decode", "k", "layer", "q", "sample", "scale", "sinks", "softcap", "v")
+    __slots__ = ("decode", "index_rows", "inputs", "k", "layer", "q", "sample", "scale", "sinks", "softcap", "v")
 
     def __init__(
         self,
@@ -56,9 +58,12 @@ class LayerCall:
         sinks: Float[Tensor, " q_heads"] | None,
         decode: bool,
         sample: int | None,
+        inputs: LayerInputs | None = None,
+        index_rows: KeyRows | None = None,
     ) -> None:
         self.layer, self.q, self.k, self.v = layer, q, k, v
         self.scale, self.softcap, self.sinks, self.decode, self.sample = scale, softcap, sinks, decode, sample
+        self.inputs, self.index_rows = inputs, index_rows
 
     @property
     def q_start(self) -> int:
@@ -80,16 +85,25 @@ class Attend(Protocol):
 
 
 class Session:
-    """Context manager: `attend` computes the full-attention layers of `model`."""
+    """Context manager: `attend` computes the full-attention layers of `model`.
 
-    def __init__(self, model: nn.Module, attend: Attend) -> None:
+    Args:
+        capture: Keep what each attention module receives, for `LayerCall.inputs`.
+        index: Writes index keys at every position; needs what `capture` keeps, and turns it on.
+    """
+
+    def __init__(
+        self, model: nn.Module, attend: Attend, *, capture: bool = False, index: IndexKeys | None = None
+    ) -> None:
         self.decoder, self.layers = find_layers(model)
         self.attend = attend
         self._layer_of = {id(m): i for i, m in self.layers.items()}
         self._own = {id(m) for m in self.decoder.modules()}
         self._configs: list[Any] = list({id(m.config): m.config for m in self.layers.values()}.values())
         self._original: list[str] = []
-        self._hook: Any = None
+        self._capture, self._index = capture or index is not None, index
+        self._received: dict[int, LayerInputs] = {}
+        self._hooks: list[Any] = []
 
     def __enter__(self) -> "Session":
         if any(id(c) in _BY_CONFIG for c in self._configs):
@@ -106,13 +120,17 @@ class Session:
             _BY_CONFIG[id(config)] = self
         for module in self.layers.values():
             _BY_MODULE[id(module)] = self
-        self._hook = self.decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self._hooks = [self.decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
+        for module in self.layers.values() if self._capture else ():
+            self._hooks.append(module.register_forward_pre_hook(self._before_attention, with_kwargs=True))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
+        self._received.clear()
         for module in self.layers.values():
             _BY_MODULE.pop(id(module), None)
         for config, original in zip(self._configs, self._original, strict=True):
@@ -127,8 +145,7 @@ class Session:
         return next(o for c, o in zip(self._configs, self._original, strict=True) if c is config)
 
     def _before_forward(self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if args:
-            kwargs = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+        kwargs = _by_name(module, args, kwargs)
         ids = kwargs.get("input_ids")
         given = ids if ids is not None else kwargs.get("inputs_embeds")
         if given is not None and given.shape[1] == 0:
@@ -139,27 +156,47 @@ class Session:
         cache = kwargs.get("past_key_values")
         for layer in self.layers if cache is not None else ():
             _check_cache_layer(cache, layer)
+            if self._index is not None:
+                self._index.check_cache(cache, layer)
+        self._received.clear()
         self.attend.begin_forward()
+
+    def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kwargs = _by_name(module, args, kwargs)
+        cos, sin = kwargs.get("position_embeddings") or (None, None)
+        self._received[self._layer_of[id(module)]] = LayerInputs(
+            hidden=kwargs["hidden_states"],
+            cos=cos,
+            sin=sin,
+            cache=kwargs.get("past_key_values"),
+        )
 
     def run(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "batch kv_len"] | None, **settings: Any
     ) -> Tensor:
         """Call `attend`, per sequence where the batch is padded: padding is never a key and never counts as a position."""
         decode = q.shape[1] == 1 and k.shape[1] > 1
-        if mask is None:
-            return self.attend(LayerCall(layer=layer, q=q, k=k, v=v, decode=decode, sample=None, **settings))
-        if mask.shape[1] != k.shape[1]:
+        if mask is not None and mask.shape[1] != k.shape[1]:
             raise DataError(
                 f"attention_mask covers {mask.shape[1]} of {k.shape[1]} positions; with a cache it has to cover the cached "
                 "tokens too."
             )
+        inputs = self._received.pop(layer, None)
+        index = None if self._index is None or inputs is None else self._index.extend(layer, inputs, q, k)
+        settings |= {"layer": layer, "decode": decode}
+        if mask is None:
+            return self.attend(LayerCall(q=q, k=k, v=v, sample=None, inputs=inputs, index_rows=index, **settings))
         out = q.new_zeros(*q.shape[:3], v.shape[-1])
         for i, real in enumerate(mask):
             rows = real[-q.shape[1] :]
             if not bool(rows.any()):
                 continue
             one = {"q": q[i, rows][None], "k": k[i, real][None], "v": v[i, real][None]}
-            out[i, rows] = self.attend(LayerCall(layer=layer, **one, decode=decode, sample=i, **settings))[0]
+            own = {
+                "inputs": inputs and inputs.sequence(i, rows),
+                "index_rows": None if index is None else index.sequence(i, real),
+            }
+            out[i, rows] = self.attend(LayerCall(**one, **own, sample=i, **settings))[0]
         return out
 
 
@@ -247,6 +284,10 @@ def _mask(
     return real[:0, :0] if real.shape[1] == kv_length and bool(real.all()) else real
 
 
+def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs} if args else kwargs
+
+
 def _check_cache_layer(cache: Any, layer: int) -> None:
     layers = getattr(cache, "layers", None)
     if layers is None:
@@ -256,7 +297,7 @@ def _check_cache_layer(cache: Any, layer: int) -> None:
             "The cache is offloaded; topmass reads every key of a layer, so use a plain DynamicCache."
         )
     # a cache grows its layers as they are written
-    if layer < len(layers) and type(layers[layer]) not in (DynamicLayer, LinearAttentionAndFullAttentionLayer):
+    if layer < len(layers) and type(layers[layer]) not in CACHE_LAYERS:
         raise UnsupportedModelError(
             f"Layer {layer} is cached in {type(layers[layer]).__name__}; topmass reads exact keys from DynamicCache only "
             "(not static, quantised or offloaded caches)."

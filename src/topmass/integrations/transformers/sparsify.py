@@ -1,6 +1,6 @@
 """`sparsify`: run an unmodified transformers model with sparse prefill, and say what really ran."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -13,16 +13,19 @@ from topmass.core.rule import SupportRule
 from topmass.core.support import Support
 from topmass.errors import BackendUnavailableError, ConfigError
 from topmass.integrations.transformers._session import LayerCall, Session
+from topmass.integrations.transformers.index_keys import IndexKeys, check_indexer
 from topmass.ops import _dispatch
 from topmass.ops._logits import rows_that_fit
 from topmass.ops.dense_prefill import dense_prefill
 from topmass.ops.sparse_prefill import sparse_prefill
 from topmass.ops.sparse_prefill.interface import resolve_backend
 from topmass.selection.base import AttentionInputs, Selector
+from topmass.selection.indexer import IndexerSelector
 
 __all__ = ["Decode", "LayerReceipt", "Receipt", "Run", "sparsify"]
 
 Decode = Literal["dense", "sparse"]
+Observe = Callable[[AttentionInputs, Support, SupportRule], None]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -91,6 +94,12 @@ class Receipt:
         means = [layer.keys_read_mean for layer in self.layers.values()]
         return sum(means) / len(means)
 
+    @property
+    def kernels(self) -> str:
+        """Names of the sparse kernels that ran in any layer; `dense` if none did."""
+        names = {name for layer in self.layers.values() for name in layer.backends} - {"dense"}
+        return "+".join(sorted(names)) or "dense"
+
     def __str__(self) -> str:
         rows = [
             f"layer {r.layer}: {r.mode}, {r.backend}, {r.keys_read_mean:.1f} keys/query{', ' + r.reason if r.reason else ''}"
@@ -104,11 +113,14 @@ class Run:
 
     Attributes:
         receipt: What each full-attention layer did.
+        observe: Called with every selection: what the selector saw, its support and its rule. `None` observes nothing.
     """
 
     def __init__(self, selector: Selector, *, backend: str, decode: Decode, record_support: bool) -> None:
         self.selector, self.backend, self.decode, self.record_support = selector, backend, decode, record_support
+        self.index = IndexKeys(selector.indexer) if isinstance(selector, IndexerSelector) else None
         self.receipt = Receipt({})
+        self.observe: Observe | None = None
         self._parts: dict[int, dict[int | None, list[Support]]] = {}
         self._carry: dict[tuple[int | None, int], dict[str, Any]] = {}
 
@@ -155,10 +167,21 @@ class Run:
         if rule is None:
             receipt.count("dense", dense=queries, reason="kept dense by the selector", keys=_causal_keys(call))
             return _dense(call)
-        parts = [self._chunk(call, selector, rule, lo, hi) for lo, hi in _chunks(call, rule)]
+        index = None
+        if self.index is not None and call.inputs is not None and call.index_rows is not None:
+            index = self.index.vectors(call.layer, call.inputs, call.index_rows, call.q, call.k)
+        parts = [self._chunk(call, selector, rule, index, lo, hi) for lo, hi in _chunks(call, selector, rule)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def _chunk(self, call: LayerCall, selector: Selector, rule: SupportRule, lo: int, hi: int) -> Tensor:
+    def _chunk(
+        self,
+        call: LayerCall,
+        selector: Selector,
+        rule: SupportRule,
+        index: tuple[Tensor, Tensor] | None,
+        lo: int,
+        hi: int,
+    ) -> Tensor:
         stop = call.q_start + hi
         part = LayerCall(
             layer=call.layer,
@@ -176,17 +199,20 @@ class Run:
         if int(rule.dense_len(starts).min()) >= stop and not self.record_support:
             receipt.count("dense", dense=part.q.shape[0] * (hi - lo), reason=_within(rule), keys=_causal_keys(part))
             return _dense(part)
-        support = selector.select(
-            AttentionInputs(
-                q=part.q,
-                k=part.k,
-                layer=call.layer,
-                scale=call.scale,
-                softcap=call.softcap,
-                sinks=call.sinks,
-                carry=self._carry.setdefault((call.sample, part.q_start), {}),
-            )
+        inputs = AttentionInputs(
+            q=part.q,
+            k=part.k,
+            layer=call.layer,
+            scale=call.scale,
+            softcap=call.softcap,
+            sinks=call.sinks,
+            iq=None if index is None else index[0][:, lo:hi],
+            ik=None if index is None else index[1][:, : stop // rule.granularity.kv_block],
+            carry=self._carry.setdefault((call.sample, part.q_start), {}),
         )
+        support = selector.select(inputs)
+        if self.observe is not None:
+            self.observe(inputs, support, rule)
         if self.record_support:
             self._parts.setdefault(call.layer, {}).setdefault(call.sample, []).append(support)
         settings = {"scale": call.scale, "softcap": call.softcap, "sinks": call.sinks}
@@ -214,7 +240,7 @@ def sparsify(
 
     Works on any supported transformers causal language model, also through `generate` and in any chunking of the
     prompt. Linear and sliding-window layers are left alone. The model is restored when the block ends, also after an
-    exception.
+    exception. An indexer has to see every position: with an `IndexerSelector`, the cache has to begin inside the block.
 
     Args:
         model: A model from `AutoModelForCausalLM`, or a wrapper around one; in eval mode.
@@ -229,7 +255,7 @@ def sparsify(
 
     Raises:
         UnsupportedModelError: The model, its cache or its mask is one that topmass cannot replace exactly.
-        ConfigError: A setting is wrong, or the model is already inside such a block.
+        ConfigError: A setting is wrong, the indexer is another model's, or the model is already inside such a block.
         BackendUnavailableError: `backend` is unknown, or cannot run a call.
 
     Example:
@@ -254,7 +280,9 @@ def sparsify(
     if backend != "auto" and backend not in (known := _dispatch.available("sparse_prefill")):
         raise BackendUnavailableError(f"Unknown backend {backend!r} of 'sparse_prefill'; known: {', '.join(known)}.")
     run = Run(selector, backend=backend, decode=decode, record_support=record_support)
-    with Session(model, run) as session:
+    if isinstance(selector, IndexerSelector):
+        check_indexer(selector.indexer, model)
+    with Session(model, run, index=run.index) as session:
         run.receipt = Receipt({i: LayerReceipt(layer=i) for i in sorted(session.layers)})
         yield run
 
@@ -269,10 +297,11 @@ def _join(parts: list[Support]) -> Support:
         raise ConfigError(f"{error} Between prompts call run.clear().") from error
 
 
-def _chunks(call: LayerCall, rule: SupportRule) -> Iterator[tuple[int, int]]:
+def _chunks(call: LayerCall, selector: Selector, rule: SupportRule) -> Iterator[tuple[int, int]]:
     # boundaries at absolute positions, so that one query block is never split
     q_len, start = call.q.shape[1], call.q_start
-    step = rows_that_fit(call.q, call.k.shape[1], multiple=rule.granularity.q_block)
+    heads = selector.score_heads(call.q.shape[2], call.k.shape[2]) if call.q.is_cuda else None
+    step = rows_that_fit(call.q, call.k.shape[1], heads=heads, multiple=rule.granularity.q_block)
     lo = 0
     while lo < q_len:
         hi = min((start + lo) // step * step + step - start, q_len)

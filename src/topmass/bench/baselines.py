@@ -1,0 +1,106 @@
+"""Dense attention kernels that a sparse layer is timed against."""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+__all__ = ["BASELINES", "Baseline", "baselines_for"]
+
+# FlashAttention-3 as vLLM builds it: the extension beside the package, or inside it
+_VLLM_FA3 = ("_vllm_fa3_C", "vllm.vllm_flash_attn._vllm_fa3_C")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Baseline:
+    """One dense kernel, causal over as many queries as keys.
+
+    Attributes:
+        name: Short name in tables.
+        about: What it is, for people.
+        device: Type of device that it is a baseline on.
+        run: Takes q, k, v as `[batch, len, heads, dim]` and returns the output likewise.
+        why_not: Returns `None` if it can run here, else the reason in one sentence.
+    """
+
+    name: str
+    about: str
+    device: str
+    run: Callable[[Tensor, Tensor, Tensor], Tensor]
+    why_not: Callable[[], str | None] = lambda: None
+
+
+def _sdpa(
+    q: Float[Tensor, "batch len q_heads dim"],
+    k: Float[Tensor, "batch len kv_heads dim"],
+    v: Float[Tensor, "batch len kv_heads dim"],
+) -> Float[Tensor, "batch len q_heads dim"]:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def _fa2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return _sdpa(q, k, v)
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return _sdpa(q, k, v)
+
+
+def _fa3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if _found("flash_attn_interface"):
+        out = importlib.import_module("flash_attn_interface").flash_attn_func(q, k, v, causal=True)
+        return out[0] if isinstance(out, tuple) else out
+    importlib.import_module(next(filter(_found, _VLLM_FA3)))
+    n, scale = q.shape[1], q.shape[-1] ** -0.5
+    ends = torch.arange(q.shape[0] + 1, device=q.device, dtype=torch.int32) * n
+    flat = (x.flatten(0, 1) for x in (q, k, v))
+    out = torch.ops._vllm_fa3_C.fwd(
+        *flat, *[None] * 4, ends, ends, *[None] * 3, n, n, *[None] * 9, scale, True, -1, -1, 0.0, True, None, 1, None,
+        0, None, 1, 0, None,
+    )  # fmt: skip
+    return out[0].view(q.shape)
+
+
+def _found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # a parent is missing, or broken
+        return False
+
+
+def _why_not_fa3() -> str | None:
+    if not any(map(_found, ("flash_attn_interface", *_VLLM_FA3))):
+        return "not installed: needs flash_attn_interface (FlashAttention's hopper folder) or vLLM's _vllm_fa3_C."
+    return None if torch.cuda.get_device_capability()[0] == 9 else "needs a Hopper GPU."
+
+
+def _why_not_cudnn() -> str | None:
+    return None if torch.backends.cudnn.is_available() else "not installed: this PyTorch has no cuDNN."
+
+
+BASELINES = {
+    baseline.name: baseline
+    for baseline in (
+        Baseline(name="fa2", about="FlashAttention-2 (SDPA)", device="cuda", run=_fa2),
+        Baseline(name="cudnn", about="cuDNN (SDPA)", device="cuda", run=_cudnn, why_not=_why_not_cudnn),
+        Baseline(name="fa3", about="FlashAttention-3", device="cuda", run=_fa3, why_not=_why_not_fa3),
+        Baseline(name="sdpa", about="PyTorch's SDPA on CPU", device="cpu", run=_sdpa),
+    )
+}
+
+
+def baselines_for(device: torch.device | str) -> tuple[list[Baseline], dict[str, str]]:
+    """The baselines that run on this device, and why each of the others of its type does not."""
+    kind = torch.device(device).type
+    mine = [b for b in BASELINES.values() if b.device == kind]
+    reasons = {b.name: reason for b in mine if (reason := b.why_not())}
+    return [b for b in mine if b.name not in reasons], reasons

@@ -1,0 +1,494 @@
+"""One attention layer, dense and sparse, stage by stage: from q, k, v and the indexer's tensors to the output."""
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from topmass.bench import gates
+from topmass.bench.baselines import baselines_for
+from topmass.bench.inputs import TILE, Inputs, drifting_queries, find_keep, make_inputs, select, union_growth
+from topmass.bench.shapes import Shape, shape_of
+from topmass.bench.timing import FLUSH_BYTES, time_rounds
+from topmass.core.budget import Budget, BudgetLike
+from topmass.core.granularity import Granularity
+from topmass.core.rule import SupportRule
+from topmass.core.support import Support
+from topmass.distill import indexer_kl
+from topmass.errors import ConfigError
+from topmass.ops import dense_lse, pooled_mass, sparse_prefill, tile_union, topk_support
+from topmass.ops._logits import rows_that_fit
+from topmass.results import Run
+
+__all__ = ["Setting", "What", "bench_kernels"]
+
+What = Literal["layer", "oracle", "kl"]
+
+# how far a prompt without an asked growth drifts: neighbours correlate by this much
+KEEP = 0.99
+# ids and words that the union stage may hold at a time, as the kernel's launcher does
+UNION_SLOTS = 2**25
+# sizes of the ceilings: bytes copied and edge of the matrices
+COPY_BYTES, EDGE = 2**31, 8192
+# query blocks at which the KL's gradient is checked
+KL_ROWS = 32
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What is timed at every length.
+
+    Attributes:
+        shape: Name of a shape, or `16/4x256`.
+        budget: Keys per query: tokens or `5%`.
+        q_block: Queries that share one selection.
+        kv_block: Keys taken together.
+        dim: Width of the indexer's queries and keys.
+        backend: Kernels of `index_topk`, `tile_union` and the others. `None`: `triton` on CUDA, `reference` on CPU.
+        rounds: Times that everything is timed.
+        seed: Seed of the inputs.
+        device: `cuda`, or `cpu` for plain PyTorch.
+
+    Raises:
+        ConfigError: A value is out of range, or the device is not there.
+    """
+
+    shape: str = "qwen3.5-9b"
+    budget: BudgetLike = 2048
+    q_block: int = 32
+    kv_block: int = 1
+    dim: int = 128
+    backend: str | None = None
+    rounds: int = 7
+    seed: int = 0
+    device: str = "cuda"
+
+    def __post_init__(self) -> None:
+        if self.dim < 1 or self.rounds < 1:
+            raise ConfigError(f"dim and rounds must be at least 1, got {self.dim} and {self.rounds}.")
+        if Budget.parse(self.budget).mass is not None:
+            raise ConfigError("A budget of mass reads as many keys as the inputs say: time tokens (2048) or '5%'.")
+        if torch.device(self.device).type not in ("cuda", "cpu"):
+            raise ConfigError(f"Kernels are timed on cuda or cpu, got {self.device!r}.")
+        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(
+                "bench kernels found no CUDA GPU: run it where there is one, or time plain PyTorch with --device cpu."
+            )
+        _ = self.layer, self.rule
+
+    @property
+    def layer(self) -> Shape:
+        """The shape."""
+        return shape_of(self.shape)
+
+    @property
+    def rule(self) -> SupportRule:
+        """The support rule."""
+        granularity = Granularity(q_block=self.q_block, kv_block=self.kv_block)
+        return SupportRule(budget=Budget.parse(self.budget), granularity=granularity)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether kernels are timed, not plain PyTorch."""
+        return torch.device(self.device).type == "cuda"
+
+    @property
+    def kernels(self) -> str:
+        """The backend that runs."""
+        return self.backend or ("triton" if self.on_gpu else "reference")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the inputs."""
+        if self.on_gpu:
+            return torch.bfloat16
+        # Triton's interpreter truncates bfloat16
+        return torch.float32 if self.kernels == "reference" else torch.float16
+
+    def label(self, growth: float | None) -> str:
+        """Short name of a configuration."""
+        return f"b={self.budget} {self.rule.granularity}" + ("" if growth is None else f" u={growth:g}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Entry:
+    """One thing that is timed. `flop` are those that the result needs, not those spent."""
+
+    run: Callable[[], object]
+    role: str
+    backend: str
+    flop: float | None = None
+    bytes: float | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class _Case:
+    """Everything that is timed together, the check of it, and what is known of the inputs."""
+
+    entries: dict[str, _Entry]
+    checks: dict[str, Callable[[], gates.Metrics]]
+    facts: dict[str, tuple[float, str]] = field(default_factory=dict)
+
+
+def bench_kernels(
+    setting: Setting,
+    *,
+    lengths: Iterable[int],
+    what: Iterable[What] = ("layer",),
+    growths: Iterable[float] = (),
+    run: Run | None = None,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Time a layer at several lengths; return records of the kind `bench`.
+
+    Everything of one configuration is timed in the same interleaved rounds, after all of it has been checked.
+
+    Args:
+        setting: Shape, budget, granularity, device.
+        lengths: Prompt lengths, tokens.
+        what: `layer` is index, union, attend and all of it; `oracle` the exact selection by attention mass; `kl` the
+            indexer's loss with its gradient.
+        growths: For `layer` with fewer than 32 queries sharing: the union growth U/K of the inputs, each timed apart.
+            None: one walk that drifts at a fixed rate.
+        run: Keeps the records; what it has is not timed again.
+        progress: Called with done, total and what is next.
+
+    Raises:
+        ConfigError: A length or a growth cannot be had.
+        AssertionError: A result is wrong, so that its time means nothing.
+        BackendUnavailableError: A kernel cannot run this shape.
+    """
+    lengths, what, growths = list(dict.fromkeys(lengths)), list(dict.fromkeys(what)), list(dict.fromkeys(growths))
+    _check(setting, lengths, what, growths)
+    cases: list[tuple[int, What, float | None]] = [
+        (n, w, u) for n in lengths for w in what for u in (growths if w == "layer" else ()) or (None,)
+    ]
+    rows: list[dict[str, Any]] = []
+    for i, (length, target, growth) in enumerate(cases):
+        if progress is not None:
+            progress(i, len(cases), f"{target} at {length}")
+        key = (setting.layer.name, length, target, setting.label(growth))
+        if run is not None and run.done(key):
+            continue
+        found = _measure(setting, length, target, growth)
+        if run is not None:
+            run.append(found)
+        rows += found
+    return rows
+
+
+def _check(setting: Setting, lengths: list[int], what: list[What], growths: list[float]) -> None:
+    if not lengths or min(lengths) < setting.kv_block:
+        raise ConfigError(f"Lengths must be at least one key group of {setting.kv_block} tokens, got {lengths}.")
+    if unknown := [w for w in what if w not in get_args(What)] or ([] if what else ["nothing"]):
+        raise ConfigError(f"what must be of {', '.join(get_args(What))}, got {unknown[0]!r}.")
+    if any(not u >= 1 for u in growths):
+        raise ConfigError(f"Union growth is at least 1, got {min(growths)}.")
+    if growths and "layer" not in what:
+        raise ConfigError("Union growth concerns what='layer' only: leave it out, or time the layer too.")
+    if growths and setting.q_block >= TILE:
+        raise ConfigError(
+            f"Where {setting.q_block} queries share a selection the union does not grow: leave growth out."
+        )
+
+
+def _measure(setting: Setting, length: int, what: What, growth: float | None) -> list[dict[str, Any]]:
+    inputs = _inputs(setting, length, growth)
+    dense, absent = _dense_entries(setting, inputs)
+    case = {"layer": _layer, "oracle": _oracle, "kl": _kl}[what](setting, inputs)
+    entries = _ceilings(setting) | dense | case.entries
+    checks = {name: _dense_check(entry, inputs, setting.rule, name) for name, entry in dense.items()} | case.checks
+    timings = time_rounds(
+        {name: entry.run for name, entry in entries.items()},
+        gate=lambda: {name: check() for name, check in checks.items()},
+        rounds=setting.rounds,
+        device=setting.device,
+        flush_bytes=FLUSH_BYTES,
+    )
+    record = _Recorder(setting, length, what, growth)
+    for name, entry in entries.items():
+        record.entry(name, entry, timings.milliseconds[name], timings.gate.get(name, {}))
+    for name, reason in absent.items():
+        record.absent(name, reason)
+    total = case.entries[what]
+    facts = (
+        case.facts if not setting.on_gpu else case.facts | {"peak_memory": (_peak(total.run, setting.device), "GiB")}
+    )
+    for metric, (value, unit) in facts.items():
+        record.add(what, total, metric, value, unit)
+    return record.rows
+
+
+@dataclass(slots=True)
+class _Recorder:
+    """Rows of one configuration."""
+
+    setting: Setting
+    length: int
+    what: str
+    growth: float | None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def entry(self, name: str, entry: _Entry, milliseconds: list[float], gate: gates.Metrics) -> None:
+        """Times of every round, work, and what the check measured."""
+        for i, value in enumerate(milliseconds):
+            self.add(name, entry, "time", value, "ms", i)
+        for metric, value, unit in (("flop", entry.flop, "FLOP"), ("bytes", entry.bytes, "B")):
+            if value is not None:
+                self.add(name, entry, metric, value, unit)
+        for metric, value in gate.items():
+            self.add(name, entry, metric, value, "rows" if metric in ("gate_rows", "gate_near_ties") else "")
+
+    def absent(self, name: str, reason: str) -> None:
+        """A baseline that is not here."""
+        entry = _Entry(run=lambda: None, role="dense", backend=name)
+        self.add(name, entry, "time", None, "ms", status=reason)
+
+    def add(
+        self, name: str, entry: _Entry, metric: str, value: float | None, unit: str, i: int = -1, status: str = "ok"
+    ) -> None:
+        """One row."""
+        setting, shape = self.setting, self.setting.layer
+        self.rows.append(
+            {
+                "shape": shape.name,
+                "q_heads": shape.q_heads,
+                "kv_heads": shape.kv_heads,
+                "head_dim": shape.head_dim,
+                "length": self.length,
+                "what": self.what,
+                "config": setting.label(self.growth),
+                "budget": str(setting.budget),
+                "q_block": setting.q_block,
+                "kv_block": setting.kv_block,
+                "growth": self.growth,
+                "name": name,
+                "role": entry.role,
+                "backend": entry.backend,
+                "round": i,
+                "metric": metric,
+                "value": value,
+                "unit": unit,
+                "status": status,
+            }
+        )
+
+
+# -- inputs and what everything is compared with
+
+
+def _inputs(setting: Setting, length: int, growth: float | None) -> Inputs:
+    inputs = make_inputs(
+        setting.layer,
+        length,
+        kv_block=setting.kv_block,
+        dim=setting.dim,
+        keep=KEEP,
+        seed=setting.seed,
+        dtype=setting.dtype,
+        device=setting.device,
+    )
+    if growth is None:
+        return inputs
+    walk = {"length": length, "seed": setting.seed + 1}
+    keep = find_keep(inputs.ik, setting.rule, growth=growth, backend=setting.kernels, **walk)
+    iq = drifting_queries(length, setting.dim, keep=keep, seed=walk["seed"], like=inputs.q)
+    return replace(inputs, iq=iq)
+
+
+def _dense_entries(setting: Setting, inputs: Inputs) -> tuple[dict[str, _Entry], dict[str, str]]:
+    there, absent = baselines_for(setting.device)
+    n, shape = inputs.q.shape[1], setting.layer
+    entries = {}
+    for b in there:
+        run = functools.partial(b.run, inputs.q, inputs.k, inputs.v)
+        try:
+            run()
+        except (ImportError, RuntimeError) as error:
+            # a baseline that refuses the shape, or is built for another PyTorch, costs its row only
+            absent[b.name] = f"failed: {' '.join(str(error).split())[:200]}"
+            continue
+        flop = 2.0 * shape.q_heads * shape.head_dim * n * (n + 1)
+        entries[b.name] = _Entry(run=run, role="dense", backend=b.name, flop=flop)
+    return entries, absent
+
+
+def _dense_check(entry: _Entry, inputs: Inputs, rule: SupportRule, name: str) -> Callable[[], gates.Metrics]:
+    def check() -> gates.Metrics:
+        out = entry.run()
+        assert isinstance(out, Tensor)
+        return gates.check_dense(inputs, out, rule, name)
+
+    return check
+
+
+def _ceilings(setting: Setting) -> dict[str, _Entry]:
+    """What the device can do: bytes moved by a copy, products of two matrices in the dtype of the inputs."""
+    size, edge = (COPY_BYTES, EDGE) if setting.on_gpu else (2**24, 256)
+    source = torch.zeros(size, dtype=torch.uint8, device=setting.device)
+    target = torch.zeros_like(source)
+    a, b = (torch.randn(edge, edge, device=setting.device).to(setting.dtype) for _ in range(2))
+    return {
+        "copy": _Entry(run=lambda: target.copy_(source), role="ceiling", backend="torch", bytes=2.0 * size),
+        "matmul": _Entry(run=lambda: a @ b, role="ceiling", backend="torch", flop=2.0 * edge**3),
+    }
+
+
+# -- the layer
+
+
+def _layer(setting: Setting, inputs: Inputs) -> _Case:
+    rule, kernels = setting.rule, setting.kernels
+
+    def index() -> Support:
+        return select(inputs.iq, inputs.ik, rule, start=0, backend=kernels)
+
+    def attend(support: Support) -> Tensor:
+        return sparse_prefill(inputs.q, inputs.k, inputs.v, support, backend=kernels)[0]
+
+    support = index()
+    growth = union_growth(support, backend=kernels)
+    index_flop, attend_flop = _index_flop(setting, inputs), _attend_flop(setting, support)
+    entries = {
+        "index": _Entry(run=index, role="stage", backend=kernels, flop=index_flop),
+        "attend": _Entry(run=lambda: attend(support), role="stage", backend=kernels, flop=attend_flop),
+        "layer": _Entry(run=lambda: attend(index()), role="total", backend=kernels, flop=index_flop + attend_flop),
+    }
+    if setting.q_block < TILE:
+        # part of `attend`; timed alone to say how large a part
+        entries["union"] = _Entry(run=lambda: _unions(support, kernels), role="part", backend=kernels)
+    facts = {"keys_read_mean": (support.keys_read().double().mean().item(), "keys/query")}
+    if growth is not None:
+        facts["union_growth"] = (growth, "ratio")
+    return _Case(
+        entries=entries,
+        checks={
+            "index": lambda: gates.check_index(inputs, support, rule),
+            "attend": lambda: gates.check_attention(inputs, support, attend(support), rule),
+            "layer": lambda: _same(attend(index()), attend(support)),
+        },
+        facts=facts,
+    )
+
+
+def _same(a: Tensor, b: Tensor) -> gates.Metrics:
+    if not torch.equal(a, b):
+        raise AssertionError("The same inputs gave another result the second time.")
+    return {}
+
+
+def _unions(support: Support, backend: str) -> None:
+    slots = TILE // support.granularity.q_block * max(support.groups.shape[-1], 1)
+    step = max(UNION_SLOTS // slots, 1) * TILE
+    for lo in range(0, support.q_len, step):
+        tile_union(support.rows(lo, min(lo + step, support.q_len)), tile=TILE, backend=backend)
+
+
+def _index_flop(setting: Setting, inputs: Inputs) -> float:
+    # every query against every group of its past
+    n = inputs.q.shape[1]
+    return setting.dim * n * (n + 1) / setting.kv_block
+
+
+def _attend_flop(setting: Setting, support: Support) -> float:
+    shape = setting.layer
+    return 4.0 * shape.q_heads * shape.head_dim * support.keys_read().double().sum().item()
+
+
+# -- the oracle
+
+
+def _oracle(setting: Setting, inputs: Inputs) -> _Case:
+    rule, kernels = setting.rule, setting.kernels
+    normaliser = "flash2" if setting.on_gpu else "reference"
+
+    def lse() -> Tensor:
+        return dense_lse(inputs.q, inputs.k, inputs.v, scale=inputs.scale, backend=normaliser)[1]
+
+    def choose(norm: Tensor) -> Support:
+        return _oracle_support(inputs, norm, rule, kernels)
+
+    def attend(support: Support) -> Tensor:
+        return sparse_prefill(inputs.q, inputs.k, inputs.v, support, backend=kernels)[0]
+
+    norm = lse()
+    support = choose(norm)
+    return _Case(
+        entries={
+            "lse": _Entry(run=lse, role="stage", backend=normaliser),
+            "select": _Entry(run=lambda: choose(norm), role="stage", backend=kernels),
+            "attend": _Entry(
+                run=lambda: attend(support), role="stage", backend=kernels, flop=_attend_flop(setting, support)
+            ),
+            "oracle": _Entry(run=lambda: attend(choose(lse())), role="total", backend=kernels),
+        },
+        checks={
+            "select": lambda: gates.check_oracle(inputs, support, rule),
+            "attend": lambda: gates.check_attention(inputs, support, attend(support), rule),
+        },
+        facts={"keys_read_mean": (support.keys_read().double().mean().item(), "keys/query")},
+    )
+
+
+def _oracle_support(inputs: Inputs, lse: Float[Tensor, "1 len q_heads"], rule: SupportRule, backend: str) -> Support:
+    """Chunks of whole query blocks: mass at the granularity, then the best groups; never N x N."""
+    n, unit = inputs.q.shape[1], rule.granularity
+    # the mass, and what the top-k needs beside it
+    step = rows_that_fit(inputs.q, n, heads=2, multiple=unit.q_block)
+    parts = []
+    for a in range(0, n, step):
+        z = min(a + step, n)
+        mass, _ = pooled_mass(
+            inputs.q[:, a:z],
+            inputs.k[:, :z],
+            lse[:, a:z],
+            scale=inputs.scale,
+            granularity=unit,
+            q_start=a,
+            backend=backend,
+        )
+        parts.append(topk_support(mass, rule=rule, q_start=a, q_len=z - a, backend=backend))
+    return Support.cat(parts)
+
+
+# -- the indexer's loss
+
+
+def _kl(setting: Setting, inputs: Inputs) -> _Case:
+    normaliser = "flash2" if setting.on_gpu else "reference"
+    unit = setting.rule.granularity
+    lse = dense_lse(inputs.q, inputs.k, inputs.v, scale=inputs.scale, backend=normaliser)[1]
+    iq, ik = (x.detach().clone().requires_grad_() for x in (inputs.iq, inputs.ik))
+
+    def loss(grad: bool) -> None:
+        with torch.set_grad_enabled(grad):
+            value = indexer_kl(inputs.q, inputs.k, lse, iq, ik, scale=inputs.scale, granularity=unit)
+            if grad:
+                torch.autograd.grad(value, (iq, ik))
+
+    blocks = -(-inputs.q.shape[1] // unit.q_block)
+    rows = torch.linspace(0, blocks - 1, min(KL_ROWS, blocks)).long().unique()
+    return _Case(
+        entries={
+            # what the rest takes is in `kl` minus this
+            "loss": _Entry(run=lambda: loss(False), role="part", backend="auto"),
+            "kl": _Entry(run=lambda: loss(True), role="total", backend="auto"),
+        },
+        checks={"kl": lambda: gates.check_kl(inputs, lse, unit, rows)},
+    )
+
+
+def _peak(fn: Callable[[], object], device: str) -> float:
+    """Memory that a call takes beyond what is there before it, GiB."""
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    fn()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**30

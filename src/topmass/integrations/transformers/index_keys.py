@@ -1,0 +1,370 @@
+"""What an indexer reads from a transformers model: hidden states, RoPE tables, and its raw keys beside the KV cache.
+
+Trainer and server share the functions here, so that what was trained is what is served.
+"""
+
+import hashlib
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
+
+from topmass.errors import ConfigError, UnsupportedModelError
+from topmass.integrations.transformers.families import find_layers
+from topmass.selection.indexer import (
+    Indexer,
+    IndexerConfig,
+    LayerIndexer,
+    ModelFingerprint,
+    index_rope,
+    rotary_width,
+    unrotate_half_split,
+)
+
+__all__ = [
+    "CACHE_LAYERS",
+    "IndexKeys",
+    "KeyRows",
+    "LayerInputs",
+    "RopeInfo",
+    "check_indexer",
+    "describe_model",
+    "index_configs",
+    "index_features",
+    "index_rope",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeInfo:
+    """RoPE of one layer.
+
+    Attributes:
+        rotary_dim: Leading dimensions of a head that the model turns; 0 without RoPE.
+    """
+
+    rotary_dim: int
+
+    def index_dim(self, dim: int) -> int:
+        """`rotary_dim` of an indexer of width `dim` for this layer."""
+        return min(self.rotary_dim, dim // 2 * 2)
+
+
+def describe_model(model: nn.Module) -> tuple[ModelFingerprint, dict[int, RopeInfo]]:
+    """Fingerprint of `model`, and the RoPE of its full-attention layers.
+
+    Raises:
+        UnsupportedModelError: The architecture is not known, or has no full-attention layer.
+    """
+    decoder, layers = find_layers(model)
+    fingerprint = ModelFingerprint.from_config(decoder.config, tuple(layers), weights=_sample_weights(layers))
+    width = rotary_width(fingerprint)
+    return fingerprint, {
+        i: RopeInfo(rotary_dim=width if getattr(m, "use_rope", True) else 0) for i, m in sorted(layers.items())
+    }
+
+
+def index_configs(model: nn.Module, *, dim: int = 64, **settings: Any) -> dict[int, IndexerConfig]:
+    """Configuration of an indexer for every full-attention layer of `model`.
+
+    Args:
+        dim: Width of an index query or key.
+        settings: Other fields of `IndexerConfig`; widths and `rotary_dim` follow from the model.
+
+    Raises:
+        ConfigError: A setting is out of range.
+        UnsupportedModelError: The architecture is not known, or has no full-attention layer.
+    """
+    fingerprint, rope = describe_model(model)
+    width, key_width = fingerprint.hidden_size, None
+    if settings.get("features") == "qk":
+        width, key_width = (n * fingerprint.head_dim for n in (fingerprint.q_heads, fingerprint.kv_heads))
+    return {
+        i: IndexerConfig(
+            **{"hidden_size": width, "key_size": key_width, "dim": dim, "rotary_dim": info.index_dim(dim), **settings}
+        )
+        for i, info in rope.items()
+    }
+
+
+def check_indexer(indexer: Indexer, model: nn.Module) -> None:
+    """Refuse an indexer of another model; warn where the model may be a fine-tune of the indexer's.
+
+    Raises:
+        ConfigError: The model has another shape.
+    """
+    fingerprint, _ = describe_model(model)
+    mine = indexer.info.fingerprint
+    if reason := mine.refusal(fingerprint):
+        name = f" ({indexer.info.model})" if indexer.info.model else ""
+        raise ConfigError(
+            f"This indexer belongs to another model{name}: {reason}; load that model, or distil an indexer for this one."
+        )
+    if reason := mine.doubt(fingerprint):
+        warnings.warn(
+            f"The model is not the one that the indexer was trained on ({reason}); if it is a fine-tune, check the recall.",
+            stacklevel=4,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerInputs:
+    """What a full-attention module was called with, for the positions of its queries.
+
+    Attributes:
+        hidden: Attention input, after the layer's norm.
+        cos: Cosines of the model's RoPE at these positions; `None` without RoPE.
+        sin: Sines, likewise.
+        cache: The model's cache, if it has one.
+        pairs: Which dimensions of a head the tables turn together: `"halves"` or `"neighbours"`.
+    """
+
+    hidden: Float[Tensor, "batch q_len hidden"]
+    cos: Float[Tensor, "#batch q_len rotary"] | None
+    sin: Float[Tensor, "#batch q_len rotary"] | None
+    cache: Any = None
+    pairs: str = "halves"
+
+    def sequence(self, i: int, rows: Bool[Tensor, " q_len"]) -> "LayerInputs":
+        """One sequence of the batch without its padding."""
+        tables = [x if x is None else x[i if x.shape[0] > 1 else 0, rows][None] for x in (self.cos, self.sin)]
+        return replace(self, hidden=self.hidden[i, rows][None], cos=tables[0], sin=tables[1])
+
+
+def index_features(
+    features: str,
+    inputs: LayerInputs,
+    q: Float[Tensor, "batch q_len q_heads head_dim"],
+    k: Float[Tensor, "batch q_len kv_heads head_dim"],
+) -> tuple[Float[Tensor, "batch q_len q_width"], Float[Tensor, "batch q_len k_width"]]:
+    """What an indexer's queries and its raw keys are projected from, for the same positions.
+
+    Args:
+        features: `"hidden"` or `"qk"`, as in `IndexerConfig`.
+        inputs: What the attention module received.
+        q: The layer's queries after norm and RoPE, for the same positions.
+        k: The layer's keys, likewise.
+    """
+    if features == "hidden":
+        return inputs.hidden, inputs.hidden
+    if inputs.cos is not None and inputs.sin is not None:
+        cos, sin = inputs.cos[:, :, None], inputs.sin[:, :, None]
+        q, k = (_unrotate(x, cos, sin, inputs.pairs) for x in (q, k))
+    return q.flatten(2), k.flatten(2)
+
+
+def _unrotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: str) -> Tensor:
+    if pairs == "halves":
+        return unrotate_half_split(x, cos, sin)
+    width = cos.shape[-1]
+    halves = torch.cat([x[..., 0:width:2], x[..., 1:width:2], x[..., width:]], -1)
+    halves = unrotate_half_split(halves, cos, sin)
+    turned = torch.stack([halves[..., : width // 2], halves[..., width // 2 : width]], -1)
+    return torch.cat([turned.flatten(-2), halves[..., width:]], -1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyRows:
+    """Raw index keys of consecutive positions, and the RoPE tables of these positions at the indexer's width.
+
+    The tables are kept, rather than computed again from positions, because padding shifts positions by sequence, and
+    because a dynamic RoPE gives one position different tables at different lengths; the model's own cached keys keep
+    the turn that they were written with, too. Only one half is stored: the other is the same.
+    """
+
+    raw: Float[Tensor, "batch len dim"]
+    cos: Float[Tensor, "batch len pairs"]
+    sin: Float[Tensor, "batch len pairs"]
+
+    def __len__(self) -> int:
+        return self.raw.shape[1]
+
+    def map(self, change: Any) -> "KeyRows":
+        """The same change to every tensor."""
+        return KeyRows(raw=change(self.raw), cos=change(self.cos), sin=change(self.sin))
+
+    def then(self, other: "KeyRows") -> "KeyRows":
+        """These positions, and those of `other` after them."""
+        pairs = ((self.raw, other.raw), (self.cos, other.cos), (self.sin, other.sin))
+        raw, cos, sin = (torch.cat(pair, 1) for pair in pairs)
+        return KeyRows(raw=raw, cos=cos, sin=sin)
+
+    def sequence(self, i: int, real: Bool[Tensor, " len"]) -> "KeyRows":
+        """One sequence of the batch without its padding."""
+        return self.map(lambda x: x[i, real][None])
+
+    def finish(self, module: LayerIndexer) -> Float[Tensor, "batch groups dim"]:
+        """Index keys of the complete groups."""
+        tables = [torch.cat([x, x], -1) for x in (self.cos, self.sin)] if self.cos.shape[-1] else []
+        return module.finish_keys(self.raw, *tables)
+
+
+class _IndexedLayer:
+    """Adds raw index keys to a cache layer, and takes them along through everything that changes its keys.
+
+    A layer that an indexer writes to is replaced in its cache by an instance of a subclass with this in front, which takes
+    over its attributes; outside topmass it behaves as before. Attributes of the layer are copied with it, and overridden methods are called by whoever calls them, so that
+    a cache that is cropped, reordered, repeated or deep-copied, inside the block or not, keeps rows that fit its keys. A
+    table on the side could not: a reordered layer shows nowhere how it was reordered.
+    """
+
+    index_rows: KeyRows | None = None
+    index_owner: str = ""
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.index_rows = None
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        super().crop(*args, **kwargs)  # type: ignore[misc]
+        # whether the argument says what to keep or what to remove differs between versions
+        self._change(lambda x: x[:, : self.get_seq_length()])  # type: ignore[attr-defined]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._change(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._change(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._change(lambda x: x[indices, ...])
+
+    def _change(self, change: Any) -> None:
+        if self.index_rows is not None:
+            self.index_rows = self.index_rows.map(change)
+
+
+class _IndexedDynamicLayer(_IndexedLayer, DynamicLayer):
+    pass
+
+
+class _IndexedHybridLayer(_IndexedLayer, LinearAttentionAndFullAttentionLayer):
+    pass
+
+
+_INDEXED: dict[type, type] = {
+    DynamicLayer: _IndexedDynamicLayer,
+    LinearAttentionAndFullAttentionLayer: _IndexedHybridLayer,
+}
+CACHE_LAYERS = (*_INDEXED, *_INDEXED.values())
+
+
+def _indexed(layer: Any) -> Any:
+    # a change of `__class__` would do, but CPython refuses it for a class with two bases
+    new = object.__new__(_INDEXED[type(layer)])
+    new.__dict__ = layer.__dict__
+    return new
+
+
+class IndexKeys:
+    """Serves one indexer while a model runs: writes its raw keys, and gives its queries and keys on demand."""
+
+    def __init__(self, indexer: Indexer) -> None:
+        self._indexer = indexer
+        self._owner = indexer.digest
+        self._placed: dict[int, LayerIndexer] = {}
+
+    def check_cache(self, cache: Any, layer: int) -> None:
+        """Refuse a cache with positions that this indexer has not seen, before anything is written to it.
+
+        Raises:
+            ConfigError: Positions were cached outside of the block, or with another indexer.
+        """
+        if self._indexer.layer(layer) is None or layer >= len(cache.layers):
+            return
+        past = cache.layers[layer].get_seq_length()
+        rows = getattr(cache.layers[layer], "index_rows", None)
+        seen = 0 if rows is None else len(rows)
+        if past and seen != past:
+            raise ConfigError(
+                f"The cache holds {past} positions of layer {layer}, but index keys for {seen}: an indexer has to see every "
+                "position, so begin the prompt, with an empty cache, inside the block of this indexer."
+            )
+        if past and cache.layers[layer].index_owner != self._owner:
+            raise ConfigError(
+                "The cache holds the index keys of another indexer; begin the prompt, with an empty cache, inside this block."
+            )
+
+    @torch.no_grad()
+    def extend(
+        self,
+        layer: int,
+        inputs: LayerInputs,
+        q: Float[Tensor, "batch q_len q_heads head_dim"],
+        k: Float[Tensor, "batch kv_len kv_heads head_dim"],
+    ) -> KeyRows | None:
+        """Write the raw keys of the new positions; returns those of all positions, `None` where no indexer serves."""
+        module = self._module(layer, inputs.hidden.device)
+        if module is None:
+            return None
+        new, past = q.shape[1], k.shape[1] - q.shape[1]
+        _, features = index_features(module.config.features, inputs, q, k[:, past:])
+        raw = module.project_keys(features)
+        halves = [x[..., : x.shape[-1] // 2].expand(raw.shape[0], -1, -1) for x in self._tables(module, inputs)]
+        cos, sin = halves or [raw.new_zeros(*raw.shape[:2], 0)] * 2
+        rows = KeyRows(raw=raw, cos=cos, sin=sin)
+        if inputs.cache is None:
+            if past:
+                raise UnsupportedModelError(
+                    f"The layer received {past + new} keys for {new} positions without a cache."
+                )
+            return rows
+        held = inputs.cache.layers[layer]
+        if past:
+            rows = held.index_rows.then(rows)
+        if not isinstance(held, _IndexedLayer):
+            held = inputs.cache.layers[layer] = _indexed(held)
+        held.index_rows, held.index_owner = rows, self._owner
+        return rows
+
+    @torch.no_grad()
+    def vectors(
+        self,
+        layer: int,
+        inputs: LayerInputs,
+        rows: KeyRows,
+        q: Float[Tensor, "batch q_len q_heads head_dim"],
+        k: Float[Tensor, "batch kv_len kv_heads head_dim"],
+    ) -> tuple[Float[Tensor, "batch q_len heads dim"], Float[Tensor, "batch groups dim"]]:
+        """Index queries of the new positions, and index keys of all complete groups."""
+        module = self._module(layer, inputs.hidden.device)
+        assert module is not None
+        features, _ = index_features(module.config.features, inputs, q, k[:, k.shape[1] - q.shape[1] :])
+        return module.project_queries(features, *self._tables(module, inputs)), rows.finish(module)
+
+    def _tables(self, module: LayerIndexer, inputs: LayerInputs) -> tuple[Tensor, ...]:
+        if inputs.cos is None or inputs.sin is None or not module.config.rotary_dim:
+            return ()
+        return index_rope(inputs.cos, inputs.sin, module.config.rotary_dim)
+
+    def _module(self, layer: int, device: torch.device) -> LayerIndexer | None:
+        if layer not in self._placed:
+            module = self._indexer.layer(layer)
+            if module is None:
+                return None
+            weights = {name: x.to(device) for name, x in module.state_dict().items()}
+            with torch.device("meta"):
+                placed = LayerIndexer(module.config)
+            placed.load_state_dict(weights, assign=True)
+            self._placed[layer] = placed.requires_grad_(False)
+        return self._placed[layer]
+
+
+def _sample_weights(layers: dict[int, nn.Module]) -> str:
+    """Digest of the first values of the attention weights, which fine-tuning changes and a change of dtype does not."""
+    parts = []
+    for _, module in sorted(layers.items()):
+        for _, weight in sorted(module.named_parameters()):
+            if weight.is_floating_point() and not weight.is_meta:
+                parts.append(weight.detach().reshape(-1)[:64].to(torch.bfloat16).cpu())
+    if not parts:
+        return ""
+    values = torch.cat(parts).view(torch.uint8).numpy()
+    return hashlib.sha256(values.tobytes()).hexdigest()[:12]

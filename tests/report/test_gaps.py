@@ -1,0 +1,120 @@
+"""The four gaps from synthetic records: what each step loses, at which keys, and what cannot be said."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from topmass.report import build
+from topmass.report.aggregate import EvalTable
+from topmass.report.gaps import find_gaps
+
+LENGTHS, TASKS = (4096, 8192), ("one", "two")
+SCORES = {"dense": 0.95, "oracle": 0.9, "indexer": 0.8, "untrained": 0.3}
+
+
+def rows_of(setting, cells, *, lengths=LENGTHS, haystacks=40, seed=0) -> list[dict]:
+    """Records of (selector, budget, q_block, keys, score) cells; scores are paired through one difficulty a sample."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for length, task in itertools.product(lengths, TASKS):
+        hard = rng.random(haystacks)
+        for (selector, budget, q, keys, score), h in itertools.product(cells, range(haystacks)):
+            rows.append(
+                setting(selector, budget, q=q)
+                | {
+                    "task": task, "length": length, "seed": 0, "haystack": h, "question_id": 0, "config": f"{selector} {budget} {q}",
+                    "dense_below": 0, "decode": "dense", "fingerprint": "", "status": "ok", "score": float(hard[h] < score),
+                    "prediction": "", "references": json.dumps([]), "prompt_tokens": length, "keys_read_mean": float(keys),
+                    "seconds": 0.1, "support_recall": None if selector == "dense" else score,
+                }
+            )  # fmt: skip
+    return rows
+
+
+def points(gaps, name, **columns):
+    found = [g for g in gaps if g.name == name and all(getattr(g.served, k) == v for k, v in columns.items())]
+    assert len(found) == 1
+    return found[0]
+
+
+def exact(rows, left, right) -> float:
+    """Mean over tasks and lengths of the difference of two configurations' means."""
+
+    def mean(config, length, task):
+        return np.mean([r["score"] for r in rows if (r["config"], r["length"], r["task"]) == (config, length, task)])
+
+    return float(np.mean([mean(left, *c) - mean(right, *c) for c in itertools.product(LENGTHS, TASKS)]))
+
+
+@pytest.fixture
+def cells():
+    return [
+        ("dense", None, 1, 2000, 0.95),
+        ("oracle", 64, 1, 60, 0.9),
+        ("oracle", 256, 1, 240, 0.94),
+        ("indexer", 64, 1, 60, 0.7),
+        ("indexer", 256, 1, 240, 0.9),
+        ("indexer", 256, 16, 120, 0.5),
+    ]
+
+
+def test_steps_are_paired_and_sum_to_the_total(cells, setting, make_run) -> None:
+    rows = rows_of(setting, cells)
+    gaps = find_gaps(EvalTable([make_run("eval", rows)]), LENGTHS)
+    for budget in ("64", "256"):
+        steps = {n: points(gaps, n, budget=budget, q_block=1).interval for n in ("oracle", "indexer", "total")}
+        assert steps["oracle"].point == pytest.approx(exact(rows, "dense None 1", f"oracle {budget} 1"))
+        assert steps["indexer"].point == pytest.approx(exact(rows, f"oracle {budget} 1", f"indexer {budget} 1"))
+        assert steps["oracle"].point + steps["indexer"].point == pytest.approx(steps["total"].point)
+        assert all(i.low <= i.point <= i.high for i in steps.values())
+        assert steps["total"].clusters == 160
+
+
+def test_sharing_is_compared_at_equal_achieved_keys(cells, setting, make_run) -> None:
+    rows = rows_of(setting, cells)
+    gap = points(find_gaps(EvalTable([make_run("eval", rows)]), LENGTHS), "sharing", q_block=16)
+    # 120 keys lie halfway between 60 and 240 on a logarithmic axis
+    low, high = (exact(rows, f"indexer {b} 1", "indexer 256 16") for b in (64, 256))
+    assert gap.interval.point == pytest.approx((low + high) / 2)
+    assert gap.reason == "at 120 achieved keys"
+
+
+def test_sharing_at_a_measured_number_of_keys_needs_no_interpolation(cells, setting, make_run) -> None:
+    rows = rows_of(setting, [*cells[:-1], ("indexer", 256, 16, 60.3, 0.5)])
+    gap = points(find_gaps(EvalTable([make_run("eval", rows)]), LENGTHS), "sharing", q_block=16)
+    assert gap.interval.point == pytest.approx(exact(rows, "indexer 64 1", "indexer 256 16"))
+
+
+def test_what_cannot_be_compared_is_not_measured(cells, setting, make_run) -> None:
+    rows = rows_of(setting, [c for c in cells if c[:2] != ("oracle", 64)] + [("indexer", 512, 16, 500, 0.9)])
+    gaps = find_gaps(EvalTable([make_run("eval", rows)]), LENGTHS)
+    assert points(gaps, "oracle", budget="64", q_block=1).interval is None
+    assert points(gaps, "indexer", budget="64", q_block=1).reason == "oracle was not run at this setting"
+    assert points(gaps, "total", budget="64", q_block=1).interval is not None
+    assert "around the 500 keys" in points(gaps, "sharing", budget="512").reason
+    assert all(g.interval is None and "serving kernel" in g.reason for g in gaps if g.name == "realization")
+
+
+def test_without_an_indexer_there_are_no_gaps(cells, setting, make_run) -> None:
+    table = EvalTable([make_run("eval", rows_of(setting, [c for c in cells if c[0] != "indexer"]))])
+    assert find_gaps(table, LENGTHS) == []
+
+
+def test_no_loss_anywhere_has_an_interval_all_the_same(cells, setting, make_run) -> None:
+    rows = rows_of(setting, [(s, b, q, k, 1.0) for s, b, q, k, _ in cells])
+    gap = points(find_gaps(EvalTable([make_run("eval", rows)]), LENGTHS), "indexer", budget="64")
+    assert gap.interval.point == 0
+    assert gap.interval.low < 0 < gap.interval.high
+
+
+def test_report_prints_and_plots_them(cells, setting, make_run, tmp_path) -> None:
+    run = make_run("eval", rows_of(setting, [*cells, ("untrained", 64, 1, 60, 0.2)], haystacks=6))
+    paths = build(run.path, tmp_path / "report")
+    text = paths.markdown.read_text()
+    assert "## The gaps: where quality is lost" in text
+    assert "4K and 8K tokens together" in text
+    assert "not measured (the reference and the serving kernel were not run on the same supports)" in text
+    assert "untrained indexer" in text
+    assert {p.name for p in paths.figures} >= {"gaps-4096-8192.svg", "gaps-4096.svg", "gaps-8192.svg"}
