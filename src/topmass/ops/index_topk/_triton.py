@@ -19,7 +19,8 @@ __all__ = ["index_topk_triton", "why_not"]
 WORKSPACE_BYTES = 256 * 2**20
 # products of queries and heads in a tile, keys in a tile, tiles that one program walks
 ROWS, KEYS, TILES = 128, 128, 16
-NUM_WARPS, NUM_STAGES = 8, 2
+# where a tile is stored as it is, where its rows are reduced first
+NUM_WARPS, NUM_STAGES = (4, 8), 2
 # rows of scores are whole units
 UNIT = 64
 
@@ -174,5 +175,5 @@ def _score(
         H=H, HP=hp, G=g, D=D, BD=max(triton.next_power_of_2(D), 16), BM=rows, BN=keys, TILES=TILES, MAX=reduce == "max",
         ROUND=getattr(tl, str(score_dtype).removeprefix("torch.")),
         LARGEST=min(torch.finfo(score_dtype).max, torch.finfo(torch.float32).max), UNIT=UNIT,
-        num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+        num_warps=NUM_WARPS[hp * g > 1], num_stages=NUM_STAGES,
     )  # fmt: skip

@@ -39,7 +39,8 @@ def tile_for(group: int, head_dim: int, v_dim: int, q_block: int, *, device: tor
     heads = triton.next_power_of_2(group) if group % 4 or group <= 4 else min(group & -group, 16)
     tokens = max(min(128 // heads, 32 * q_block), triton.cdiv(16, heads))
     bd = max(triton.next_power_of_2(max(head_dim, v_dim)), 16)
-    tile = Tile(tokens=tokens, heads=heads, keys=64, warps=8 if tokens * heads >= 128 and bd > 64 else 4, stages=2)
+    wide = tokens * heads >= 128 and bd > 64
+    tile = Tile(tokens=tokens, heads=heads, keys=128 if wide and bd == 128 else 64, warps=8 if wide else 4, stages=2)
     if device is not None and device.type == "cuda":
         room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
         while tile.keys > 16 and 2 * bd * (tile.tokens * tile.heads + 2 * tile.stages * tile.keys) > room:

@@ -15,10 +15,8 @@ __all__ = ["select_rows", "topk_groups_triton", "why_not"]
 # programs that share the work of a launch, each with its own scratch row
 PROGRAMS = 8 if INTERPRETED else 1024
 SCRATCH_BYTES = 64 * 2**20
-# 16 bytes of scores that a thread reads at a time
-SPANS = 1
-# what decides the number of warps
-KEYS_PER_WARP = 256
+# from so many kept keys on: 16-byte reads of scores that a thread makes at a time, kept keys per warp
+READS = {1024: (1, 256), 4096: (4, 512)}
 # the longest list of candidates that a program sorts out in registers; longer ones are read again for every bit
 MOST_KEPT = 32768
 # below every key: -(2**31 - 1) is the lowest
@@ -273,13 +271,14 @@ def select_rows(
     B, rows, stride = scores.shape
     unit = 16 if stride % 16 == 0 and scores.data_ptr() % 16 == 0 else 1
     kept, sample = _sizes(max(most - first, 1), wanted)
-    warps = 32 if kept > 16384 else min(max(kept // KEYS_PER_WARP, 4), 16)
+    spans, keys_per_warp = next(shape for least, shape in reversed(READS.items()) if kept >= least)
+    warps = 32 if kept > 16384 else min(max(kept // keys_per_warp, 4), 16)
     programs = min(B * rows, PROGRAMS, max(SCRATCH_BYTES // (8 * kept), 1))
     scratch = torch.empty(programs, kept, dtype=torch.int64, device=scores.device)
     _select_kernel[(programs,)](
         scores, stops, wants, groups, counts, scratch,
         B * rows, rows, groups.shape[1], block, stride // unit, first, groups.shape[2],
-        UNIT=unit, SAMPLE=sample, KEPT=kept, BLOCK=SPANS * 32 * warps * 16 // scores.itemsize,
+        UNIT=unit, SAMPLE=sample, KEPT=kept, BLOCK=spans * 32 * warps * 16 // scores.itemsize,
         LOWEST=-0x7FFFFFFF if scores.dtype == torch.float32 else -0x7FFF, num_warps=warps,
     )  # fmt: skip
 
