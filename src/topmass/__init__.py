@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         StreamingSelector,
     )
     from topmass.selection.indexer import load_indexer, load_reference_indexer
+    from topmass.selection.saved import load_selector
 
 __version__ = "0.1.0"
 
@@ -59,6 +60,7 @@ _WHERE = {
     "load_indexer": "topmass.selection.indexer",
     "load_reference_indexer": "topmass.selection.indexer",
     "load_reference": "topmass.integrations.transformers.reference",
+    "load_selector": "topmass.selection.saved",
     "make_samples": "topmass.eval.tasks",
     "sparsify": "topmass.integrations.transformers.sparsify",
 }
@@ -93,6 +95,7 @@ __all__ = [
     "load_indexer",
     "load_reference",
     "load_reference_indexer",
+    "load_selector",
     "make_samples",
     "ops",
     "selection",

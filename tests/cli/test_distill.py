@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,8 @@ def test_one_command_makes_an_indexer(cli, model: Path) -> None:
     assert result.code == 0, result.err
     assert result.json["held_out"] == {"length": 128, "budget": 16, "sequences": 1}
     assert set(result.json["recall"]) == {"0", "1"}
-    assert "next: topmass eval MODEL --indexer indexer" in result.err
+    assert "held out: 1 sequences of 128 tokens, 16 keys per query\n" in result.err
+    assert f"next: topmass eval {model} --indexer indexer" in result.err
     indexer = topmass.load_indexer("indexer")
     assert indexer.info.model == str(model)
     assert indexer.info.recipe["steps"] == 3
@@ -78,6 +80,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(cli, model: Path, monkeypatch
     [
         (["distill", "reference"], "-o|--out"),
         (["distill", "reference", "-o", "out", "--data", "missing.txt"], "There is no file missing.txt"),
+        (["distill", "reference", "-o", "out", "--data", "rows.json"], "read from JSONL only"),
+        (["distill", "reference", "-o", "out", "--length", "512", "--budget", "512"], "leave nothing to select"),
         (["distill", "reference", "-o", "out", "--steps", "0"], "steps must be a whole number of at least 1"),
         (["distill", "reference", "-o", "out", "--q-block", "3"], "power of two"),
         (["distill", "reference", "-o", "out", "--features", "keys"], "keys.*--features"),
@@ -97,6 +101,23 @@ def test_refused_after_loading(cli, model: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     assert_refused(cli("distill", model, "-o", "out", "--data", "empty.jsonl", *SMALL), "holds no text")
     assert not Path("out").exists()
+
+
+def test_output_in_the_way_is_told_before_loading(cli, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    for argv in (("distill", "./no/such/model", "-o", "mine"), ("eval", "./no/such/model", "--out", "mine")):
+        assert_refused(cli(*argv), "mine exists and is not a run")
+
+
+def test_eval_refuses_the_indexer_of_another_model_at_once(cli, model: Path) -> None:
+    assert cli("distill", model, "-o", "indexer", *SMALL).code == 0
+    other = topmass.load_indexer("indexer")
+    other.info = other.info.replace(fingerprint=replace(other.info.fingerprint, num_layers=12))
+    other.save("other")
+    argv = ("eval", model, "--tasks", "niah_single", "--lengths", 512, "--haystacks", 1, "--out", "run")
+    assert_refused(cli(*argv, "--indexer", "other"), "belongs to another model.*num_layers is 2")
+    assert not list(Path().glob("run*"))
 
 
 def test_eval_of_an_indexer_prints_the_gaps(cli, model: Path) -> None:

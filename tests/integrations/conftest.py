@@ -3,12 +3,11 @@
 import importlib
 
 import pytest
+import tiny_models
 import torch
 
 from topmass.integrations.transformers.gated_delta import chunk_gated_delta_rule
 from topmass.ops import _dispatch
-
-MODELS = ("gemma3", "llama", "mistral", "qwen2", "qwen3", "qwen3_5", "qwen3_next")
 
 
 @pytest.fixture(autouse=True)
@@ -25,13 +24,15 @@ class Wide:
 
 
 @pytest.fixture
-def float64_throughout(monkeypatch):
+def float64_throughout(request, monkeypatch):
     """Transformers' norms, softmax and gated delta rule in float64, for a float64 model.
 
     Rounded to float32 in between, a difference of one part in 1e16 may become one in 1e7.
     """
-    for name in MODELS:
-        module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    callspec = getattr(request.node, "callspec", None)
+    named = callspec.params.get("family") if callspec else None
+    for name in dict.fromkeys(tiny_models.module_of(family) for family in {named or "llama", *tiny_models.FAMILIES}):
+        module = importlib.import_module(name)
         monkeypatch.setattr(module, "torch", Wide())
         for rule in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
             if hasattr(module, rule):

@@ -94,7 +94,7 @@ def test_what_cannot_be_compared_is_not_measured(cells, setting, make_run) -> No
     assert points(gaps, "indexer", budget="64", q_block=1).reason == "oracle was not run at this setting"
     assert points(gaps, "total", budget="64", q_block=1).interval is not None
     assert "around the 500 keys" in points(gaps, "sharing", budget="512").reason
-    assert all(g.interval is None and "serving kernel" in g.reason for g in gaps if g.name == "realization")
+    assert all(g.interval is None and "only one kernel ran" in g.reason for g in gaps if g.name == "realization")
 
 
 def test_without_an_indexer_there_are_no_gaps(cells, setting, make_run) -> None:
@@ -115,6 +115,6 @@ def test_report_prints_and_plots_them(cells, setting, make_run, tmp_path) -> Non
     text = paths.markdown.read_text()
     assert "## The gaps: where quality is lost" in text
     assert "4K and 8K tokens together" in text
-    assert "not measured (the reference and the serving kernel were not run on the same supports)" in text
+    assert "not measured (only one kernel ran on these supports)" in text
     assert "untrained indexer" in text
     assert {p.name for p in paths.figures} >= {"gaps-4096-8192.svg", "gaps-4096.svg", "gaps-8192.svg"}

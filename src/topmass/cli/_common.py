@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from topmass.results import Run, load_run, make_manifest, same_run
 __all__ = ["DType", "emit", "load", "print_table", "run_name", "say", "write_run"]
 
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+LOG_WIDTH = 160
 
 
 def say(text: str) -> None:
@@ -38,10 +40,14 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*header, title=title, title_justify="left", box=None, header_style="bold")
+    table = Table(*header, box=None, header_style="bold")
     for row in rows:
         table.add_row(*row)
-    Console(stderr=True).print(table)
+    # a log has no width to wrap at; COLUMNS still counts
+    width = None if sys.stderr.isatty() or "COLUMNS" in os.environ else LOG_WIDTH
+    console = Console(stderr=True, width=width, highlight=False)
+    console.print(title, style="italic", markup=False, soft_wrap=True)
+    console.print(table)
 
 
 def run_name(kind: str, model: str) -> Path:

@@ -14,7 +14,7 @@ from topmass.errors import ConfigError
 
 __all__ = ["apply_recipe"]
 
-COMMANDS = ("audit", "eval", "distill", "bench", "demo", "report", "doctor")
+COMMANDS = ("audit", "eval", "distill", "bench", "frontier", "demo", "report", "doctor")
 # what a recipe cannot set: itself, and how results are printed
 _PRIVATE = ("config", "json")
 

@@ -8,6 +8,7 @@ from cyclopts import Parameter
 
 from topmass.cli._common import DType, emit, load, run_name, say, write_run
 from topmass.errors import ConfigError, DataError
+from topmass.results import check_free
 
 if TYPE_CHECKING:
     from topmass import AuditResult
@@ -82,6 +83,7 @@ def audit(
         config: Recipe (TOML) with a table `[audit]`.
     """
     out = out or run_name("audit", model)
+    check_free(out, overwrite=overwrite)
     result = run_audit(*load(model, dtype, device), settings, out=out, overwrite=overwrite)
     budgets = result.plan(mass=mass)
     if plan is not None:

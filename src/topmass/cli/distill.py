@@ -1,6 +1,7 @@
 """`topmass distill`."""
 
 import os
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -9,6 +10,7 @@ from cyclopts import Parameter
 
 from topmass.cli._common import DType, emit, load, print_table, say
 from topmass.cli._progress import progress
+from topmass.results import check_free
 
 if TYPE_CHECKING:
     from topmass.selection.indexer import Indexer
@@ -105,8 +107,12 @@ def distill(
     from topmass.distill import distill as train
     from topmass.distill.data import check_data
 
-    settings = DistillConfig(**given)  # complain before loading
+    # complain before loading
+    settings = DistillConfig(**given)
+    if settings.length is not None:
+        settings.resolve(positions=None, gpu=False)
     check_data(data)
+    check_free(out, overwrite=overwrite)
     if device == "auto" and "LOCAL_RANK" in os.environ:
         device = _own_device(int(os.environ["LOCAL_RANK"]))
     loaded, tokenizer, facts = load(model, dtype, device)
@@ -124,7 +130,7 @@ def distill(
         )
     if int(os.environ.get("RANK", "0")):
         return
-    _tell(indexer, out)
+    _tell(indexer, model, out)
     if json:
         info = indexer.info
         emit({"indexer": str(out), "held_out": info.held_out, "recall": info.recall,
@@ -138,11 +144,11 @@ def _own_device(rank: int) -> str:
     return f"cuda:{rank}" if torch.cuda.is_available() else "auto"
 
 
-def _tell(indexer: "Indexer", out: Path) -> None:
+def _tell(indexer: "Indexer", model: str, out: Path) -> None:
     info = indexer.info
     held = info.held_out
     rows = [[str(i), f"{info.recall[i]:.3f}", f"{info.retained_mass[i]:.3f}"] for i in sorted(info.recall)]
     title = f"held out: {held['sequences']} sequences of {held['length']} tokens, {held['budget']} keys per query"
     print_table(title, ["layer", "recall of the oracle's keys", "retained mass"], rows)
     say(f"wrote {out} ({info.training_tokens:,} tokens)")
-    say(f"next: topmass eval MODEL --indexer {out}")
+    say(f"next: topmass eval {shlex.quote(model)} --indexer {shlex.quote(str(out))}")

@@ -1,5 +1,6 @@
 """`topmass eval`."""
 
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -8,6 +9,7 @@ from cyclopts import Parameter
 
 from topmass.cli._common import DType, emit, load, print_table, run_name, say, write_run
 from topmass.errors import ConfigError
+from topmass.results import check_free
 
 if TYPE_CHECKING:
     from topmass.report.aggregate import EvalTable
@@ -97,6 +99,7 @@ def evaluate(
     """
     selectors(settings)  # complain before loading
     out = out or run_name("eval", model)
+    check_free(out, overwrite=overwrite)
     table = run_eval(*load(model, dtype, device), settings, out=out, overwrite=overwrite)
     rows = summary(table)
     header = ["length", "configuration", "achieved keys", "score (%)", "dense minus this (points)"]
@@ -125,6 +128,7 @@ def run_eval(
     from topmass.report.aggregate import EvalTable
     from topmass.results import load_run
 
+    _check_indexer(settings.indexer, model)
     path = write_run(
         "eval",
         out,
@@ -190,6 +194,16 @@ def _indexer(name: str) -> Any:
     import topmass
 
     return topmass.load_reference_indexer() if name == "reference" else topmass.load_indexer(name)
+
+
+def _check_indexer(name: str | None, model: Any) -> None:
+    """Refuse an indexer of another model before dense attention and the oracle have run."""
+    from topmass.integrations.transformers.index_keys import check_indexer
+
+    if name is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a fine-tune is warned of when the indexer runs
+            check_indexer(_indexer(name), model)
 
 
 def _digest(name: str | None) -> str | None:

@@ -203,8 +203,14 @@ def check_data(names: Sequence[str | Path]) -> None:
         path = Path(name).expanduser()
         if path.is_dir():
             raise DataError(f"{name} is a directory; name its files, for example {path}/*.jsonl.")
+        if path.suffix == ".json":
+            raise DataError(
+                f"{name} is JSON, which is read from JSONL only; write one object a line, in a .jsonl file."
+            )
         if not path.exists() and _looks_like_a_file(str(name)):
             raise DataError(f"There is no file {name}; check the path.")
+        if not path.exists() and name != "tasks":
+            _datasets(str(name))
 
 
 def _looks_like_a_file(name: str) -> bool:
@@ -269,12 +275,7 @@ def _parquet(path: Path, field: str) -> list[str]:
 
 
 def _dataset(name: str, field: str) -> "Sequence[str]":
-    try:
-        import datasets  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise DataError(
-            f"{name} is no file; to read it as a data set of the hub, install the package `datasets`."
-        ) from error
+    datasets = _datasets(name)
     path, _, configuration = name.partition(":")
     try:
         table: Any = datasets.load_dataset(path, configuration or None, split="train")
@@ -286,6 +287,16 @@ def _dataset(name: str, field: str) -> "Sequence[str]":
     if field not in table.column_names:
         raise DataError(_no_field(name, field, table.column_names))
     return _Column(table, name, field)
+
+
+def _datasets(name: str) -> Any:
+    try:
+        import datasets  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise DataError(
+            f"{name} is no file; to read it as a data set of the hub, install the package `datasets`."
+        ) from error
+    return datasets
 
 
 class _Column(Sequence[str]):

@@ -18,7 +18,7 @@ from topmass.errors import ConfigError, DataError
 from topmass.eval.runner import Progress, _check_lengths
 from topmass.eval.settings import Infeasible, columns, label, oracle_grid
 from topmass.integrations.transformers._session import LayerCall, Session
-from topmass.integrations.transformers.families import find_layers
+from topmass.integrations.transformers.families import family_of, find_layers
 from topmass.integrations.transformers.linear import fast_linear_attention
 from topmass.integrations.transformers.sparsify import sparsify
 from topmass.ops._logits import causal_logits, rows_that_fit, softmax_and_normaliser, weighted_values
@@ -103,6 +103,7 @@ def audit(
     sink: int = 0,
     window: int = 1,
     forwards: bool = True,
+    inputs: Mapping[str, Any] | None = None,
     run: "Run | None" = None,
     progress: Progress | None = None,
 ) -> AuditResult:
@@ -119,6 +120,8 @@ def audit(
         sink: Keys always kept at the start, in tokens.
         window: Keys always kept up to and including the query's own, in tokens.
         forwards: Run the sparse forwards as well.
+        inputs: What else every forward takes, such as `pixel_values` and their grid for prompts with images. A text is then
+            run in one call instead of in chunks.
         run: An open run directory: finished texts are skipped, new rows stored as they come.
         progress: Called after every forward.
 
@@ -154,7 +157,7 @@ def audit(
         if run is not None and run.done((index,)):
             done += passes
             continue
-        rows = _audit_text(model, ids, settings, layers, forwards, sink=sink, window=window, step=step)
+        rows = _audit_text(model, ids, settings, layers, forwards, inputs or {}, sink=sink, window=window, step=step)
         rows = [{**row, "text": index, "q_len": ids.shape[1]} for row in rows]
         records.extend(rows) if run is None else run.append(rows)
     return AuditResult(records=records)
@@ -202,6 +205,7 @@ def _audit_text(
     settings: Mapping[str, Selector],
     layers: Sequence[int],
     forwards: bool,
+    inputs: Mapping[str, Any],
     *,
     sink: int,
     window: int,
@@ -209,23 +213,24 @@ def _audit_text(
 ) -> list[dict[str, Any]]:
     positions = torch.linspace(0, ids.shape[1] - 1, min(LOGIT_ROWS, ids.shape[1]), device=ids.device).long().unique()
     probe = _Probe(settings, ids.shape[1], OracleSelector(budget=sink + window + 1, sink=sink, window=window))
-    chunk = max(CHUNK, probe.multiple)
+    whole = inputs or not family_of(find_layers(model)[0]).resumes
+    chunk = ids.shape[1] if whole else max(CHUNK, probe.multiple)
     with torch.inference_mode(), fast_linear_attention(model):
         with Session(model, probe):
-            dense = _log_probs(model, ids, positions, chunk)
+            dense = _log_probs(model, ids, positions, chunk, inputs)
         step("dense forward")
         rows = probe.records()
         if not forwards:
             return rows
         for name, selector in settings.items():
             with sparsify(model, selector):
-                rows += _logit_records(dense, _log_probs(model, ids, positions, chunk), ids, positions, selector, -1)
+                sparse = _log_probs(model, ids, positions, chunk, inputs)
+                rows += _logit_records(dense, sparse, ids, positions, selector, -1)
             step(f"{name}, all layers")
             for layer in layers if len(layers) > 1 else ():
                 with sparsify(model, _OneLayer(base=selector, layer=layer)):
-                    rows += _logit_records(
-                        dense, _log_probs(model, ids, positions, chunk), ids, positions, selector, layer
-                    )
+                    sparse = _log_probs(model, ids, positions, chunk, inputs)
+                    rows += _logit_records(dense, sparse, ids, positions, selector, layer)
                 step(f"{name}, layer {layer} alone")
     return rows
 
@@ -249,9 +254,9 @@ class _OneLayer(Selector):
 
 
 def _log_probs(
-    model: Any, ids: Int[Tensor, "1 len"], positions: Int[Tensor, " rows"], chunk: int
+    model: Any, ids: Int[Tensor, "1 len"], positions: Int[Tensor, " rows"], chunk: int, inputs: Mapping[str, Any]
 ) -> Float[Tensor, "rows vocab"]:
-    logits = torch.cat(list(_logits(model, ids, positions, chunk))).float()
+    logits = torch.cat(list(_logits(model, ids, positions, chunk, inputs))).float()
     for rows in logits.split(32):
         rows.copy_(rows.log_softmax(-1))
     if not bool(logits.isfinite().any(-1).all()):
@@ -260,14 +265,16 @@ def _log_probs(
 
 
 def _logits(
-    model: Any, ids: Int[Tensor, "1 len"], positions: Int[Tensor, " rows"], size: int
+    model: Any, ids: Int[Tensor, "1 len"], positions: Int[Tensor, " rows"], size: int, inputs: Mapping[str, Any]
 ) -> Iterator[Float[Tensor, "chunk_rows vocab"]]:
     # in chunks, so that a long text costs its cache and not its activations
     cache = None
     for lo in range(0, ids.shape[1], size):
         chunk = ids[:, lo : lo + size]
         here = positions[(positions >= lo) & (positions < lo + chunk.shape[1])] - lo
-        out = model(input_ids=chunk, past_key_values=cache, use_cache=ids.shape[1] > size, logits_to_keep=here)
+        out = model(
+            input_ids=chunk, past_key_values=cache, use_cache=ids.shape[1] > size, logits_to_keep=here, **inputs
+        )
         cache = out.past_key_values
         yield out.logits[0]
 

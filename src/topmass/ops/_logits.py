@@ -17,7 +17,7 @@ GPU_WORKSPACE_BYTES = 2**31
 
 def rows_that_fit(q: Tensor, kv_len: int, *, heads: int | None = None, multiple: int = 1) -> int:
     """Query rows whose `[batch, heads, rows, kv_len]` logits fit the workspace; at least `multiple`, a multiple of it."""
-    row_bytes = q.shape[0] * (heads or q.shape[2]) * max(kv_len, 1) * (8 if q.dtype == torch.float64 else 4)
+    row_bytes = max(q.shape[0], 1) * (heads or q.shape[2]) * max(kv_len, 1) * (8 if q.dtype == torch.float64 else 4)
     return max(workspace(q) // row_bytes // multiple, 1) * multiple
 
 
@@ -38,7 +38,7 @@ def causal_logits(
     b, q_len, h, d = q.shape
     kv_len, hk = k.shape[1:3]
     # [b * hk, group * q_len, d]
-    q = q.reshape(b, q_len, hk, h // hk, d).permute(0, 2, 3, 1, 4).reshape(b * hk, -1, d)
+    q = q.reshape(b, q_len, hk, h // hk, d).permute(0, 2, 3, 1, 4).reshape(b * hk, h // hk * q_len, d)
     k = k.permute(0, 2, 3, 1).reshape(b * hk, d, kv_len)
     logits = _bmm(q, k).view(b, h, q_len, kv_len).mul_(scale)
     if softcap is not None:

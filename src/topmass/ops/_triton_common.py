@@ -5,11 +5,16 @@ helpers they call among the globals of the wrapper.
 """
 
 import os
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-__all__ = ["INTERPRETED", "gpu_priority", "half_on_gpu"]
+__all__ = ["INTERPRETED", "gpu_priority", "half_on_gpu", "on_device"]
+
+_Launch = TypeVar("_Launch", bound=Callable[..., Any])
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -19,10 +24,23 @@ def gpu_priority(priority: int) -> int:
     return -1 if INTERPRETED else priority
 
 
+def on_device(launch: _Launch) -> _Launch:
+    """Run a launcher on the device of its first tensor: Triton launches on the current one, wherever the tensors lie."""
+
+    @wraps(launch)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device_of(args[0]):
+            return launch(*args, **kwargs)
+
+    return cast(_Launch, run)
+
+
 def half_on_gpu(*tensors: Tensor) -> str | None:
     """Reason why a kernel for half-precision CUDA tensors cannot take these, or `None`."""
     if not (all(t.is_cuda for t in tensors) or INTERPRETED):
         return "needs CUDA tensors, or TRITON_INTERPRET=1 set before import."
+    if any(t.device != tensors[0].device for t in tensors):
+        return f"needs all inputs on one device, got {', '.join(str(t.device) for t in tensors)}."
     if tensors[0].dtype not in (torch.float16, torch.bfloat16):
         return f"supports float16 and bfloat16, got {tensors[0].dtype}."
     if any(t.dtype != tensors[0].dtype for t in tensors):

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from topmass.report import bench, figures
+from topmass.report import bench, figures, ttft_figures, ttft_text
 from topmass.report.aggregate import ENOUGH_POINT, AuditTable, Cell, EvalTable, Setting, budget_order
 from topmass.report.figures import label_of, tokens
+from topmass.report.frontier import find_frontier
 from topmass.report.gaps import Gap, find_gaps
 from topmass.report.timings import BenchTable
 from topmass.results import LoadedRun
@@ -16,6 +17,8 @@ from topmass.results.stats import Interval
 __all__ = ["Figure", "Report", "Section", "Table", "compose"]
 
 QUESTION = "How much dense attention does this model need?"
+FRONTIER_QUESTION = "Which configuration is as good as dense attention, and faster?"
+TTFT_QUESTION = "How long does the first token take beside dense attention and the floor?"
 BENCH_QUESTION = "How long does a sparse layer take beside dense kernels?"
 NOT_CAUSAL = "selection looks at the block's later queries: not causal"
 _ENOUGH = "at most 1 point below dense, with the upper end of the 95 % interval at 2 points or less"
@@ -91,11 +94,13 @@ def compose(runs: Sequence[LoadedRun], *, command: str) -> Report:
     """Make the report of runs of one model.
 
     Args:
-        runs: Evaluation runs, audit runs, or both; or benchmark runs.
+        runs: Evaluation runs, audit runs, or both; benchmark runs; or times to first token, alone or with evaluations.
         command: How this report is made again.
     """
     if all(run.kind == "bench" for run in runs):
         return _compose_bench(runs, command)
+    if any(run.kind == "ttft" for run in runs):
+        return _compose_frontier(runs, command)
     evals = EvalTable([run for run in runs if run.kind == "eval"])
     audits = AuditTable([run for run in runs if run.kind == "audit"])
     scored = bool(evals.variant and evals.dense())
@@ -138,6 +143,36 @@ def _compose_bench(runs: Sequence[LoadedRun], command: str) -> Report:
         figure=figure,
         facts=_facts(runs, command),
         notes=bench.notes(table),
+        sections=sections,
+    )
+
+
+def _compose_frontier(runs: Sequence[LoadedRun], command: str) -> Report:
+    frontier = find_frontier(runs)
+    evals = EvalTable([run for run in runs if run.kind == "eval"])
+    items: list[Figure | Table] = []
+    for n in reversed(frontier.points):
+        caption = (
+            f"Score minus dense's, paired, against time at {tokens(n)} tokens; bars are 95 % intervals. The line is the frontier; "
+            "hollow marks see the model's own attention, or nothing, and are not for serving."
+        )
+        _add(items, f"frontier-{n}", ttft_figures.score_by_time(frontier, n), caption)
+        caption, header, rows = ttft_text.frontier_table(frontier, n)
+        items.append(Table(caption=caption, header=header, rows=rows))
+    times: list[Figure | Table] = []
+    caption = "Time to first token against length, bars are p10 to p90; of the selectors the fastest."
+    _add(times, "ttft", ttft_figures.ttft_by_length(frontier), caption)
+    times += [Table(caption=c, header=h, rows=r) for c, h, r in ttft_text.times_tables(frontier)]
+    sections = [Section(title="Score and time of the same configurations", items=items)] if items else []
+    sections += [Section(title="Times to first token", items=times), *_eval_sections(evals)]
+    figure, sections = _lead(sections)
+    return Report(
+        model=frontier.model + (" (random weights)" if frontier.stress else ""),
+        question=FRONTIER_QUESTION if evals.lengths else TTFT_QUESTION,
+        answers=ttft_text.answers(frontier),
+        figure=figure,
+        facts=_facts(runs, command),
+        notes=ttft_text.notes(frontier, runs),
         sections=sections,
     )
 

@@ -53,8 +53,7 @@ def _steps(table: EvalTable, lengths: Sequence[int], dense: Setting, served: Set
     ]
     if served.q_block > 1:
         steps = [_sharing(table, lengths, served)]
-    code = "the reference and the serving kernel were not run on the same supports"
-    steps.append(Gap(name="realization", served=served, interval=None, reason=code))
+    steps.append(Gap(name="realization", served=served, interval=None, reason="only one kernel ran on these supports"))
     return [*steps, _gap(table, "total", served, {n: {dense: 1.0, served: -1.0} for n in lengths})]
 
 

@@ -2,13 +2,14 @@
 
 from topmass.results._machine import machine as machine_facts
 from topmass.results.schema import SCHEMA_VERSION, SCHEMAS
-from topmass.results.store import LoadedRun, Run, find_runs, load_run, make_manifest, same_run
+from topmass.results.store import LoadedRun, Run, check_free, find_runs, load_run, make_manifest, same_run
 
 __all__ = [
     "SCHEMAS",
     "SCHEMA_VERSION",
     "LoadedRun",
     "Run",
+    "check_free",
     "find_runs",
     "load_run",
     "machine_facts",

@@ -297,11 +297,13 @@ TTFT_METRICS: dict[str, tuple[str, str]] = {
     "peak_memory": ("GiB", "Most memory allocated on the device during a prompt, weights included."),
     "index_memory": ("MiB", "Index keys and their RoPE tables beside the cache after the prompt."),
     "kv_memory": ("MiB", "Keys and values in the cache after the prompt."),
-    "gate_error": (
+    "gate_error": ("", "Largest error of a layer's attention output against float64 on the same inputs, short prompt."),
+    "gate_plain_error": ("", "The same of plain PyTorch in the model's dtype."),
+    "gate_logits_error": (
         "",
-        "Relative error (2-norm) of the logits of a short prompt against the same model with attention in float64.",
+        "Relative error (2-norm) of that prompt's last logits against the same model with attention in float64.",
     ),
-    "gate_plain_error": ("", "The same of the reference arithmetic in the model's dtype."),
+    "gate_logits_plain_error": ("", "The same with plain PyTorch's attention in the model's dtype."),
 }
 
 _TYPES: dict[Kind, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float)}

@@ -17,7 +17,7 @@ from topmass.errors import RunError
 from topmass.results import _machine
 from topmass.results.schema import SCHEMA_VERSION, SCHEMAS, Schema, check_rows, schema_of
 
-__all__ = ["LoadedRun", "Run", "find_runs", "load_run", "make_manifest", "same_run"]
+__all__ = ["LoadedRun", "Run", "check_free", "find_runs", "load_run", "make_manifest", "same_run"]
 
 MANIFEST, RECORDS, JOURNAL = "manifest.json", "records.parquet", "journal.jsonl"
 
@@ -145,7 +145,7 @@ class Run:
         manifest = {**manifest, "key": list(key or schema_of(manifest["kind"]).key), "attempts": []}
         with _writing(path):
             _restore(path)
-        _check_free(path, overwrite)
+        check_free(path, overwrite=overwrite)
         partial = _partial(path)
         with _writing(partial):
             partial.parent.mkdir(parents=True, exist_ok=True)
@@ -315,7 +315,16 @@ def _restore(path: Path) -> None:
         _old(path).rename(path)
 
 
-def _check_free(path: Path, overwrite: bool) -> None:
+def check_free(path: Path, *, overwrite: bool = False) -> None:
+    """Refuse a directory that no run can be written to, before anything slow begins.
+
+    Args:
+        path: The directory that the complete run will have.
+        overwrite: A complete run may be replaced.
+
+    Raises:
+        RunError: A file, a complete run or something else is in the way.
+    """
     for p in (path, _partial(path)):
         if p.exists() and not p.is_dir():
             raise RunError(f"{p} is a file and in the way of the run directory; choose another output directory.")

@@ -11,6 +11,7 @@ from topmass.selection.baselines import (
 )
 from topmass.selection.indexer import Indexer, IndexerConfig, IndexerSelector
 from topmass.selection.oracle import OracleSelector
+from topmass.selection.saved import load_selector
 
 __all__ = [
     "AttentionInputs",
@@ -25,4 +26,5 @@ __all__ = [
     "RandomSelector",
     "Selector",
     "StreamingSelector",
+    "load_selector",
 ]

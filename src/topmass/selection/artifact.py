@@ -129,7 +129,8 @@ class ModelFingerprint:
         rope = rope.get("full_attention", rope)
         return cls(
             model_type=config.model_type,
-            hidden_size=config.hidden_size,
+            # a few families attend to more than the residual stream
+            hidden_size=getattr(config, "attention_hidden_size", None) or config.hidden_size,
             num_layers=config.num_hidden_layers,
             full_layers=tuple(sorted(full_layers)),
             q_heads=config.num_attention_heads,
@@ -173,7 +174,7 @@ class IndexerInfo:
         recall: Share of the oracle's keys found, by layer, on held-out data.
         retained_mass: Share of the attention mass on the chosen keys, by layer, on held-out data.
         recommended_budget: Budget to start with.
-        crossover: Number of keys below which dense attention is faster, by device name.
+        crossover: Number of keys up to which dense attention is faster, by device and dtype.
 
     Raises:
         ConfigError: Layers are missing, unknown to the model, or differ in their key block or in `reduce`.

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from topmass.selection.artifact import (
     write_artifact,
 )
 from topmass.selection.base import AttentionInputs, RankedSelector
+from topmass.selection.crossover import crossover_here
 
 __all__ = [
     "Indexer",
@@ -256,14 +257,17 @@ class IndexerSelector(RankedSelector):
     Attributes:
         indexer: A trained indexer, or an untrained one as a baseline.
         granularity: Unit of selection; `None` takes the one that the indexer was trained for.
+        dense_below: As for every selector; `"auto"` takes the crossover that the indexer's information holds for this
+            machine's device in bfloat16, and is a number from then on.
 
     Raises:
-        ConfigError: The budget does not fit, `share` is not `"layer"`, or `kv_block` is not the indexer's.
+        ConfigError: No crossover is known for this device, the budget does not fit, `share` is not `"layer"`, or `kv_block` is not the indexer's.
     """
 
     name: ClassVar[str] = "indexer"
     indexer: Indexer = field(kw_only=False)
     granularity: Granularity = None  # pyright: ignore[reportAssignmentType]
+    dense_below: int | Literal["auto"] = 0  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self) -> None:
         if not isinstance(self.indexer, Indexer):
@@ -272,6 +276,8 @@ class IndexerSelector(RankedSelector):
             )
         if self.granularity is None:
             object.__setattr__(self, "granularity", self.indexer.info.granularity)
+        if self.dense_below == "auto":
+            object.__setattr__(self, "dense_below", crossover_here(self.indexer.info.crossover))
         if self.granularity.share != "layer":
             raise ConfigError(
                 f"An indexer selects once for all heads: share must be 'layer', got {self.granularity.share!r}."

@@ -7,7 +7,7 @@ function expects. Covered layers get the two-dimensional padding mask, so that n
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,7 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from topmass.errors import ConfigError, DataError, UnsupportedModelError
-from topmass.integrations.transformers.families import find_layers
+from topmass.integrations.transformers.families import family_of, find_layers
 from topmass.integrations.transformers.index_keys import CACHE_LAYERS, IndexKeys, KeyRows, LayerInputs
 
 __all__ = ["Attend", "LayerCall", "Session"]
@@ -97,6 +97,7 @@ class Session:
     ) -> None:
         self.decoder, self.layers = find_layers(model)
         self.attend = attend
+        self._family = family_of(self.decoder)
         self._layer_of = {id(m): i for i, m in self.layers.items()}
         self._own = {id(m) for m in self.decoder.modules()}
         self._configs: list[Any] = list({id(m.config): m.config for m in self.layers.values()}.values())
@@ -154,6 +155,11 @@ class Session:
         if isinstance(mask, Tensor) and mask.ndim == 4:
             raise UnsupportedModelError(_NOT_CAUSAL)
         cache = kwargs.get("past_key_values")
+        if not self._family.resumes and given is not None and given.shape[1] > 1 and _holds_tokens(cache, self.layers):
+            raise UnsupportedModelError(
+                f"transformers starts the recurrent layers of {self._family.model_type!r} models anew with every call of "
+                "several tokens; give the whole prompt in one call."
+            )
         for layer in self.layers if cache is not None else ():
             _check_cache_layer(cache, layer)
             if self._index is not None:
@@ -163,12 +169,13 @@ class Session:
 
     def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         kwargs = _by_name(module, args, kwargs)
-        cos, sin = kwargs.get("position_embeddings") or (None, None)
+        cos, sin = self._family.rope_tables(module, kwargs.get("position_embeddings"))
         self._received[self._layer_of[id(module)]] = LayerInputs(
             hidden=kwargs["hidden_states"],
             cos=cos,
             sin=sin,
             cache=kwargs.get("past_key_values"),
+            pairs=self._family.pairs,
         )
 
     def run(
@@ -286,6 +293,10 @@ def _mask(
 
 def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs} if args else kwargs
+
+
+def _holds_tokens(cache: Any, layers: Iterable[int]) -> bool:
+    return cache is not None and any(cache.get_seq_length(layer) for layer in layers)
 
 
 def _check_cache_layer(cache: Any, layer: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
 
 from topmass.errors import ConfigError, UnsupportedModelError
-from topmass.integrations.transformers.families import find_layers
+from topmass.integrations.transformers.families import family_of, find_layers
 from topmass.selection.indexer import (
     Indexer,
     IndexerConfig,
@@ -62,10 +62,8 @@ def describe_model(model: nn.Module) -> tuple[ModelFingerprint, dict[int, RopeIn
     """
     decoder, layers = find_layers(model)
     fingerprint = ModelFingerprint.from_config(decoder.config, tuple(layers), weights=_sample_weights(layers))
-    width = rotary_width(fingerprint)
-    return fingerprint, {
-        i: RopeInfo(rotary_dim=width if getattr(m, "use_rope", True) else 0) for i, m in sorted(layers.items())
-    }
+    family, width = family_of(decoder), rotary_width(fingerprint)
+    return fingerprint, {i: RopeInfo(rotary_dim=width if family.uses_rope(m) else 0) for i, m in sorted(layers.items())}
 
 
 def index_configs(model: nn.Module, *, dim: int = 64, **settings: Any) -> dict[int, IndexerConfig]:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from topmass.core.granularity import Granularity
-from topmass.ops._triton_common import INTERPRETED, half_on_gpu
+from topmass.ops._triton_common import INTERPRETED, half_on_gpu, on_device
 from topmass.ops.attention_mass.reference import pool_mass
 
 __all__ = ["TILES", "attention_mass_triton", "launch_lse", "why_not"]
@@ -169,6 +169,7 @@ def _mass_kernel(
     tl.store(mass + ((i_z * NB + o_r) * NG)[:, None] + o_g[None, :], b_mass, mask=m_r[:, None] & (o_g < NG)[None, :])
 
 
+@on_device
 def launch_lse(
     q: Tensor, k: Tensor, *, scale: float, q_start: int, positions: Tensor | None, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:  # fmt: skip
@@ -178,13 +179,14 @@ def launch_lse(
     tile = _tile("lse", q)
     if lse.numel():
         _lse_kernel[(B * HQ, triton.cdiv(TQ, tile["BM"]))](
-            q, k, q if positions is None else positions, lse, *_in_log2(scale, softcap), *q.stride()[:3], *k.stride()[:3],
+            q, k, q if positions is None else positions.contiguous(), lse, *_in_log2(scale, softcap), *q.stride()[:3], *k.stride()[:3],
             TQ, q_start, HQ=HQ, G=HQ // k.shape[2], D=D, BD=max(triton.next_power_of_2(D), 16), CAP=softcap is not None,
             SCATTERED=positions is not None, **tile,
         )  # fmt: skip
     return lse if sinks is None else torch.logaddexp(lse, sinks.float().expand_as(lse))
 
 
+@on_device
 def attention_mass_triton(
     q: Tensor,
     k: Tensor,
@@ -222,7 +224,7 @@ def attention_mass_triton(
     totals = torch.empty(tiles_n, B, shared, TQ, dtype=torch.float32, device=q.device)
     if totals.numel():
         _mass_kernel[(tiles_m * tiles_n, B * shared)](
-            q, k, q if positions is None else positions, lse.float().contiguous(), mass, totals,
+            q, k, q if positions is None else positions.contiguous(), lse.float().contiguous(), mass, totals,
             *_in_log2(scale, softcap), *q.stride()[:3], *k.stride()[:3],
             TQ, TK, q_start, origin, blocks, groups, tiles_m, tiles_n,
             HQ=HQ, G=G, S=S, D=D, BD=max(triton.next_power_of_2(D), 16), QB=g, KB=r, MAX=pool == "max",

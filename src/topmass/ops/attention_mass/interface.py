@@ -120,7 +120,7 @@ def pooled_mass(
         Pooled mass, and the sum of every row over all keys: 1, less the mass of the learned sinks.
 
     Raises:
-        ConfigError: Heads do not divide, the chunk reaches past the keys, or a setting does not go with another.
+        ConfigError: Shapes do not fit together, the chunk reaches past the keys, or a setting does not go with another.
         BackendUnavailableError: No backend can run this call.
 
     Example:
@@ -132,6 +132,16 @@ def pooled_mass(
     """
     if q.shape[2] % k.shape[2]:
         raise ConfigError(f"q_heads must be a multiple of kv_heads, got {q.shape[2]} and {k.shape[2]}.")
+    if q.shape[0] != k.shape[0]:
+        raise ConfigError(f"There are {q.shape[0]} sequences of queries, {k.shape[0]} of keys.")
+    if q.shape[-1] != k.shape[-1]:
+        raise ConfigError(f"Queries and keys need one head dimension, got {q.shape[-1]} and {k.shape[-1]}.")
+    if lse is not None and lse.shape != q.shape[:3]:
+        raise ConfigError(f"lse must be {tuple(q.shape[:3])}, got {tuple(lse.shape)}.")
+    if sinks is not None and sinks.shape != q.shape[2:3]:
+        raise ConfigError(f"There must be one sink per query head: {q.shape[2]}, got {sinks.numel()}.")
+    if positions is not None and positions.shape != q.shape[1:2]:
+        raise ConfigError(f"There are {q.shape[1]} queries, but {positions.numel()} positions.")
     if pool not in get_args(Pool):
         raise ConfigError(f"pool must be one of {', '.join(get_args(Pool))}, got {pool!r}.")
     if positions is not None and (q_start or granularity.q_block > 1):

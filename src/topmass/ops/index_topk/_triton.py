@@ -10,7 +10,7 @@ from torch import Tensor
 
 from topmass.core.rule import SupportRule
 from topmass.core.support import Support
-from topmass.ops._triton_common import half_on_gpu
+from topmass.ops._triton_common import half_on_gpu, on_device
 from topmass.ops.topk_support._triton import candidates, select_rows
 
 __all__ = ["index_topk_triton", "why_not"]
@@ -105,6 +105,7 @@ def _rounded(b_s, ROUND: tl.constexpr, LARGEST: tl.constexpr):
     return tl.minimum(b_s, LARGEST).to(ROUND)
 
 
+@on_device
 def index_topk_triton(
     iq: Tensor, ik: Tensor, *, rule: SupportRule, q_start: int, reduce: str, score_dtype: torch.dtype
 ) -> Support:

@@ -106,7 +106,7 @@ def check_index(
     """Refuse what no indexer can score.
 
     Raises:
-        ConfigError: `reduce` is unknown, heads do not share their selection, or the dtypes differ.
+        ConfigError: `reduce` is unknown, heads do not share their selection, or sequences, sizes or dtypes differ.
     """
     if reduce not in get_args(Reduce):
         raise ConfigError(f"reduce must be one of {', '.join(get_args(Reduce))}, got {reduce!r}.")
@@ -114,3 +114,8 @@ def check_index(
         raise ConfigError(f"An indexer selects once for all heads: share must be 'layer', got {granularity.share!r}.")
     if iq.dtype != ik.dtype:
         raise ConfigError(f"The indexer's queries and keys need one dtype, got {iq.dtype} and {ik.dtype}.")
+    if (iq.shape[0], iq.shape[-1]) != (ik.shape[0], ik.shape[-1]):
+        raise ConfigError(
+            "The indexer's queries and keys must agree in sequences and dim, got "
+            f"{(iq.shape[0], iq.shape[-1])} and {(ik.shape[0], ik.shape[-1])}."
+        )

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from topmass.ops._triton_common import INTERPRETED
+from topmass.ops._triton_common import INTERPRETED, on_device
 
 __all__ = ["kl_rows_triton", "why_not"]
 
@@ -69,6 +69,7 @@ def _kl_kernel(
             tl.store(p_p + o_n, slope, mask=o_n < N)
 
 
+@on_device
 def kl_rows_triton(
     mass: Tensor, scores: Tensor, *, first: int, stop: Tensor, wants_slope: bool
 ) -> tuple[Tensor, Tensor | None]:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from topmass.core.support import Support
 from topmass.ops._logits import workspace
-from topmass.ops._triton_common import half_on_gpu
+from topmass.ops._triton_common import half_on_gpu, on_device
+from topmass.ops.sparse_prefill._triton import support_elsewhere
 
 __all__ = ["sparse_prefill_masked", "why_not"]
 
@@ -21,7 +22,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, support: Support, **settings: objec
     """Return why this kernel cannot run the call, or `None`."""
     if settings.get("page_table") is not None:
         return "reads keys that lie in one piece, not pages."
-    return half_on_gpu(q, k, v)
+    return half_on_gpu(q, k, v) or support_elsewhere(q, support)
 
 
 @triton.jit(do_not_specialize=["TQ", "TK", "Q_START"])
@@ -77,6 +78,7 @@ def _masked_kernel(
     tl.store(lse + i_b * sl_b + o_m * sl_t + i_h, b_lse, mask=m_m)
 
 
+@on_device
 def sparse_prefill_masked(
     q: Tensor, k: Tensor, v: Tensor, support: Support, *, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -85,6 +87,8 @@ def sparse_prefill_masked(
     HK, DV = k.shape[2], v.shape[-1]
     out = torch.empty(B, TQ, HQ, DV, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, TQ, HQ, dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out, lse
     shared = support.groups.shape[1]
     step = max(workspace(q) // (B * shared * (support.q_start + TQ)) // 64, 1) * 64
     bd, bdv = (max(triton.next_power_of_2(d), 16) for d in (D, DV))
@@ -94,7 +98,7 @@ def sparse_prefill_masked(
         mask = part.mask(kv_len).view(torch.int8)
         qc, oc, lc = (x[:, lo : lo + step] for x in (q, out, lse))
         _masked_kernel[(triton.cdiv(part.q_len, 64), B * HQ)](
-            qc, k, v, mask, oc, lc, qc if sinks is None else sinks, scale, 1.0 if softcap is None else softcap,
+            qc, k, v, mask, oc, lc, qc if sinks is None else sinks.contiguous(), scale, 1.0 if softcap is None else softcap,
             *qc.stride()[:3], *k.stride()[:3], *v.stride()[:3], *oc.stride()[:3], *lc.stride()[:2], *mask.stride()[:3],
             part.q_len, kv_len, part.q_start,
             HQ=HQ, G=HQ // HK, S=HQ // shared, D=D, DV=DV, BD=bd, BDV=bdv, BM=64, BN=64, CAP=softcap is not None,

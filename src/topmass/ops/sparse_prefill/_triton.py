@@ -9,11 +9,11 @@ from torch import Tensor
 
 from topmass.core.granularity import Granularity, Share
 from topmass.core.support import Support
-from topmass.ops._triton_common import half_on_gpu
+from topmass.ops._triton_common import half_on_gpu, on_device
 from topmass.ops.tile_union import tile_union
 from topmass.ops.tile_union.reference import capacity
 
-__all__ = ["Tile", "attend", "sparse_prefill_op", "sparse_prefill_triton", "tile_for", "why_not"]
+__all__ = ["Tile", "attend", "sparse_prefill_op", "sparse_prefill_triton", "support_elsewhere", "tile_for", "why_not"]
 
 # of unions and their words; longer prompts are done in chunks of tiles
 UNION_BYTES = 256 * 2**20
@@ -31,7 +31,14 @@ class Tile(NamedTuple):
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, support: Support, **settings: object) -> str | None:
     """Return why this kernel cannot run the call, or `None`."""
-    return half_on_gpu(q, k, v)
+    return half_on_gpu(q, k, v) or support_elsewhere(q, support)
+
+
+def support_elsewhere(q: Tensor, support: Support) -> str | None:
+    """Return why a kernel cannot read the support beside `q`, or `None`."""
+    if support.groups.device != q.device:
+        return f"needs the support beside the queries, got queries on {q.device} and a support on {support.groups.device}."
+    return None
 
 
 def tile_for(group: int, head_dim: int, v_dim: int, q_block: int, *, device: torch.device | None = None) -> Tile:
@@ -219,6 +226,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
+@on_device
 def attend(
     q: Tensor, k: Tensor, v: Tensor, support: Support, *,
     scale: float, softcap: float | None = None, sinks: Tensor | None = None, page_table: Tensor | None = None,
@@ -226,6 +234,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the kernel for chunks of tiles, of the given size if there is one."""
     B, TQ, HQ, _ = q.shape
+    sinks, page_table = (x if x is None else x.contiguous() for x in (sinks, page_table))
     out = torch.empty(B, TQ, HQ, v.shape[-1], dtype=q.dtype, device=q.device)
     lse = torch.empty(B, TQ, HQ, dtype=torch.float32, device=q.device)
     if out.numel() == 0:

@@ -73,7 +73,7 @@ def sparse_prefill(
         >>> sparse_prefill(q, k, k, support)[0].shape
         torch.Size([1, 6, 4, 8])
     """
-    kwargs = _checked(q, k, support, scale, softcap, sinks, page_table)
+    kwargs = _checked(q, k, v, support, scale, softcap, sinks, page_table)
     return resolve_backend(backend, q, k, v, support, **kwargs).fn(q, k, v, support, **kwargs)
 
 
@@ -85,6 +85,7 @@ def resolve_backend(backend: str, *args: object, **kwargs: object) -> _dispatch.
 def _checked(
     q: Tensor,
     k: Tensor,
+    v: Tensor,
     support: Support,
     scale: float | None,
     softcap: float | None,
@@ -94,6 +95,14 @@ def _checked(
     h, hk = q.shape[2], k.shape[2]
     if h % hk:
         raise ConfigError(f"q_heads must be a multiple of kv_heads, got {h} and {hk}.")
+    if k.shape[:3] != v.shape[:3]:
+        raise ConfigError(
+            f"Keys and values must agree but for the head dimension, got {tuple(k.shape[:3])} and {tuple(v.shape[:3])}."
+        )
+    if q.shape[-1] != k.shape[-1]:
+        raise ConfigError(f"Queries and keys need one head dimension, got {q.shape[-1]} and {k.shape[-1]}.")
+    if sinks is not None and sinks.shape != (h,):
+        raise ConfigError(f"There must be one sink per query head: {h}, got {sinks.numel()}.")
     if support.q_len != q.shape[1] or support.groups.shape[0] != q.shape[0]:
         raise ConfigError(
             f"The support covers {support.groups.shape[0]} x {support.q_len} queries, but q has {q.shape[0]} x {q.shape[1]}."

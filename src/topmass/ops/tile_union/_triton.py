@@ -6,9 +6,10 @@ from typing import no_type_check
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from topmass.core.support import Support
-from topmass.ops._triton_common import INTERPRETED
+from topmass.ops._triton_common import INTERPRETED, on_device
 from topmass.ops.tile_union.reference import capacity
 from topmass.ops.tile_union.value import TileUnion
 
@@ -48,7 +49,8 @@ def _mark_kernel(
         o_n = n + tl.arange(0, BLOCK)
         b_id = tl.load(groups + i_b * sg_b + i_s * sg_s + i_t * sg_t + o_n, mask=o_n < count, other=-1)
         # never outside the words, whatever the support holds
-        tl.atomic_or(p_w + b_id, bit, mask=(b_id >= 0) & (b_id.to(tl.int64) * R < (block + 1) * QB), sem="relaxed")
+        m_n = (b_id >= 0) & (b_id < N) & (b_id.to(tl.int64) * R < (block + 1) * QB)
+        tl.atomic_or(p_w + b_id, bit, mask=m_n, sem="relaxed")
 
 
 @triton.jit(
@@ -80,8 +82,13 @@ def _pack_kernel(
 
 def tile_union_triton(support: Support, *, tile: int) -> TileUnion:
     """Launch the kernels for chunks of tiles; same contract as `tile_union_reference`."""
+    return _union(support.groups, support, tile)
+
+
+@on_device
+def _union(groups: Tensor, support: Support, tile: int) -> TileUnion:
     g, r = support.granularity.q_block, support.granularity.kv_block
-    groups = support.groups if support.groups.stride(-1) == 1 else support.groups.contiguous()
+    groups = groups if groups.stride(-1) == 1 else groups.contiguous()
     B, S, _, slots = groups.shape
     first, end = support.q_start // tile, support.q_start + support.q_len
     tiles, N, room = triton.cdiv(end, tile) - first, triton.cdiv(end, r), capacity(support, tile)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from topmass.core.rule import SupportRule
-from topmass.ops._triton_common import INTERPRETED
+from topmass.ops._triton_common import INTERPRETED, on_device
 
 __all__ = ["select_rows", "topk_groups_triton", "why_not"]
 
@@ -107,7 +107,8 @@ def _emit(p_out, key, ids, threshold, room, slot, ties):
     above, tied = key > threshold, key == threshold
     # one scan for both: above in the upper half, ties in the lower
     both = tl.cumsum(above.to(tl.int32) * 65536 + tied.to(tl.int32), 0)
-    n_above, n_tied = both >> 16, (both & 65535) + ties
+    # 32768 above, which a block of a long list may hold, set the sign
+    n_above, n_tied = (both >> 16) & 65535, (both & 65535) + ties
     taken = above | (tied & (n_tied <= room))
     tl.store(p_out + slot + n_above + tl.minimum(n_tied, room) - tl.minimum(ties, room) - 1, ids, mask=taken)
     ties_here = tl.sum(tied.to(tl.int32), 0)
@@ -296,6 +297,7 @@ def _sizes(candidates: int, wanted: int) -> tuple[int, int]:
     return kept, sample
 
 
+@on_device
 def topk_groups_triton(
     scores: Tensor, mass: Tensor | None, *, rule: SupportRule, q_start: int, q_len: int, has_rest: bool
 ) -> tuple[Tensor, Tensor]:

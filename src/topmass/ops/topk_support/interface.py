@@ -74,7 +74,7 @@ def topk_support(
         backend: `"auto"`, or the name of a backend; a name never falls back.
 
     Raises:
-        ConfigError: A mass budget without `mass`.
+        ConfigError: A mass budget without `mass`, or scores that do not cover the blocks and their candidates.
         BackendUnavailableError: No backend can run this call.
 
     Example:
@@ -87,6 +87,12 @@ def topk_support(
     """
     if rule.budget is not None and rule.budget.mass is not None and mass is None:
         raise ConfigError("A mass budget needs the mass of every group; pass mass=.")
+    t0 = rule.block_starts(q_start, q_len)
+    if scores.shape[2] != t0.numel():
+        raise ConfigError(f"{t0.numel()} query blocks need scores, got {scores.shape[2]}.")
+    first, stop = rule.candidate_range(t0[-1:])
+    if first < (last := int(stop.sum())) and scores.shape[3] < last:
+        raise ConfigError(f"{last} key groups are candidates, but there are scores of {scores.shape[3]}.")
     kwargs = {"rule": rule, "q_start": q_start, "q_len": q_len, "has_rest": has_rest}
     impl = _dispatch.resolve("topk_support", backend, scores, mass, **kwargs)
     groups, counts = impl.fn(scores, mass, **kwargs)

@@ -1,0 +1,100 @@
+"""Pages of the KV cache with index keys in them: every row of a page is `[key | value | index key]`, per KV head.
+
+A layer has one index key per token, and a page one row per token and KV head; so the index key is cut into as many pieces as
+there are heads on this device. Whatever moves, shares, evicts or restores a page moves its index keys with it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+__all__ = ["PageLayout"]
+
+# 16 bytes in bfloat16: what vector loads and TMA ask of a row's start
+ALIGN = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageLayout:
+    """Where things are in a page.
+
+    Attributes:
+        kv_heads: KV heads on this device.
+        head_dim: Width of a key, and of a value.
+        columns: Extra columns per KV head for the index key.
+
+    Example:
+        >>> layout = PageLayout.fit(kv_heads=3, head_dim=128, index_dim=64)
+        >>> layout.columns, layout.width
+        (24, 280)
+    """
+
+    kv_heads: int
+    head_dim: int
+    columns: int
+
+    @classmethod
+    def fit(cls, *, kv_heads: int, head_dim: int, index_dim: int) -> "PageLayout":
+        """The narrowest layout that holds index keys of `index_dim` values."""
+        share = -(-index_dim // kv_heads)
+        return cls(kv_heads=kv_heads, head_dim=head_dim, columns=-(-share // ALIGN) * ALIGN)
+
+    @property
+    def width(self) -> int:
+        """Columns of a row."""
+        return 2 * self.head_dim + self.columns
+
+    def keys(
+        self, cache: Float[Tensor, "pages kv_heads page_size width"]
+    ) -> Float[Tensor, "pages page_size kv_heads head_dim"]:
+        """Keys of every page, as a view."""
+        return cache.transpose(1, 2)[..., : self.head_dim]
+
+    def values(
+        self, cache: Float[Tensor, "pages kv_heads page_size width"]
+    ) -> Float[Tensor, "pages page_size kv_heads head_dim"]:
+        """Values of every page, as a view."""
+        return cache.transpose(1, 2)[..., self.head_dim : 2 * self.head_dim]
+
+    def write_index(
+        self,
+        cache: Float[Tensor, "pages kv_heads page_size width"],
+        index: Float[Tensor, "tokens index_dim"],
+        slots: Int[Tensor, " tokens"],
+    ) -> None:
+        """Write index keys; token `i` of the sequence that owns page `p` has slot `p * page_size + i % page_size`.
+
+        Slots below 0 are padding. They write to slot 0, in the page that vLLM gives to no request: to leave them out would
+        mean to wait for the device.
+        """
+        room = self.kv_heads * self.columns - index.shape[1]
+        pieces = torch.nn.functional.pad(index, (0, room)).unflatten(1, (self.kv_heads, self.columns))
+        self._scatter(cache[..., 2 * self.head_dim :], pieces, slots)
+
+    def write_tokens(
+        self,
+        cache: Float[Tensor, "pages kv_heads page_size width"],
+        key: Float[Tensor, "tokens kv_heads head_dim"],
+        value: Float[Tensor, "tokens kv_heads head_dim"],
+        slots: Int[Tensor, " tokens"],
+    ) -> None:
+        """Write keys and values, as `write_index` does with index keys."""
+        self._scatter(cache[..., : 2 * self.head_dim], torch.cat([key, value], -1), slots)
+
+    def read_index(
+        self, cache: Float[Tensor, "pages kv_heads page_size width"], pages: Int[Tensor, " n"], length: int, dim: int
+    ) -> Float[Tensor, "length dim"]:
+        """Index keys of the first `length` tokens of the sequence that owns `pages`."""
+        rows = cache[..., 2 * self.head_dim :].transpose(1, 2)[pages]
+        return rows.flatten(2).flatten(0, 1)[:length, :dim]
+
+    def pages_of(self, cache: Tensor, length: int) -> int:
+        """Pages that hold `length` tokens."""
+        return -(-length // cache.shape[2])
+
+    def _scatter(self, target: Tensor, rows: Tensor, slots: Tensor) -> None:
+        slots = slots.clamp_min(0)
+        size = target.shape[2]
+        target.transpose(1, 2)[slots // size, slots % size] = rows.to(target.dtype)

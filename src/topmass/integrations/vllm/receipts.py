@@ -1,0 +1,154 @@
+"""What really ran: counts per request and layer, and totals for the log."""
+
+import atexit
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from topmass.core.rule import SupportRule
+from topmass.errors import DataError
+from topmass.integrations.vllm.batch import Batch, Part, keys_read, within
+
+__all__ = ["LayerCount", "Receipts", "RequestReceipt"]
+
+KEPT_DENSE = "kept dense by the plan, or without an indexer"
+
+
+@dataclass(slots=True, kw_only=True)
+class LayerCount:
+    """What the rows of a request did in one layer.
+
+    Attributes:
+        sparse: Queries that read a support.
+        dense: Queries of the prompt (and generated ones, if they select) that read every key, by reason.
+        keys: Keys that both read; with a mass budget the most that they may have read.
+    """
+
+    sparse: int = 0
+    dense: dict[str, int] = field(default_factory=dict)
+    keys: int = 0
+
+    def add(self, rule: SupportRule | None, part: Part) -> None:
+        """Count the rows of a part."""
+        if rule is None:
+            sparse, dense = 0, part.stop - part.start
+            keys, reason = (part.start + 1 + part.stop) * dense // 2, KEPT_DENSE
+        else:
+            sparse, dense, keys = keys_read(rule, part.start, part.stop)
+            reason = within(rule)
+        self.sparse += sparse
+        self.keys += keys
+        if dense:
+            self.dense[reason] = self.dense.get(reason, 0) + dense
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestReceipt:
+    """What one request did.
+
+    Attributes:
+        request: Its id.
+        generated: Queries past the prompt, which read every key unless `decode="sparse"`.
+        layers: Counts by layer index. Positions from the prefix cache are not computed, and not counted; those that
+            preemption computes again count again.
+    """
+
+    request: str
+    generated: int = 0
+    layers: dict[int, LayerCount] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        queries = sum(c.sparse + sum(c.dense.values()) for c in self.layers.values())
+        if not queries:
+            return f"request {self.request}: {self.generated} generated queries, no prompt query"
+        sparse = sum(c.sparse for c in self.layers.values())
+        keys = sum(c.keys for c in self.layers.values())
+        return (
+            f"request {self.request}: {100 * sparse / queries:.1f} % of its queries sparse, {keys / queries:.1f} keys a query, "
+            f"{self.generated} generated queries"
+        )
+
+
+class Receipts:
+    """Counts every batch, and hands out a receipt when a request has finished.
+
+    Args:
+        rules: Support rule by layer index; `None` for a layer that stays dense.
+        path: File that receipts are appended to. `None` writes none.
+        say: Called with each line for the log.
+        log_every: Seconds between two lines with the totals; 0 logs none.
+
+    Raises:
+        DataError: `path` cannot be written.
+    """
+
+    def __init__(
+        self,
+        rules: Mapping[int, SupportRule | None],
+        *,
+        path: str | None = None,
+        say: Callable[[str], Any] | None = None,
+        log_every: float = 0.0,
+    ) -> None:
+        self.rules = dict(rules)
+        self.backends: dict[str, int] = {}
+        self.total = RequestReceipt(request="total", layers={i: LayerCount() for i in self.rules})
+        self.requests = 0
+        self._open: dict[str, RequestReceipt] = {}
+        self._path, self._say, self._every = path, say, log_every
+        self._said = time.monotonic()
+        if path is not None:
+            # vLLM tells of a finished request with the next batch, which may never come
+            atexit.register(self.close)
+            try:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                Path(path).touch()
+            except OSError as error:
+                raise DataError(f"Receipts cannot be written to {path}: {error.strerror}.") from error
+
+    def add(self, batch: Batch) -> None:
+        """Count the rows of one forward."""
+        for part in batch.parts:
+            one = self._open.setdefault(part.request, RequestReceipt(request=part.request))
+            if part.generated:
+                one.generated += part.stop - part.start
+                self.total.generated += part.stop - part.start
+                if not batch.sparse_decode:
+                    continue
+            for layer, rule in self.rules.items():
+                one.layers.setdefault(layer, LayerCount()).add(rule, part)
+                self.total.layers[layer].add(rule, part)
+
+    def ran(self, backend: str) -> None:
+        """Count one call of a kernel backend."""
+        self.backends[backend] = self.backends.get(backend, 0) + 1
+
+    def finish(self, requests: Iterable[str]) -> list[RequestReceipt]:
+        """Receipts of requests that ended, written to the file and logged."""
+        done = [self._open.pop(r) for r in requests if r in self._open]
+        self.requests += len(done)
+        if done and self._path is not None:
+            with Path(self._path).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(asdict(receipt)) + "\n" for receipt in done)
+        self._log()
+        return done
+
+    def close(self) -> None:
+        """Receipts of the requests that are still open."""
+        self.finish(list(self._open))
+
+    def summary(self) -> dict[str, Any]:
+        """The totals, as JSON values."""
+        return {"requests": self.requests, "backends": self.backends, **asdict(self.total)}
+
+    def _log(self) -> None:
+        now = time.monotonic()
+        if self._say is None or not self._every or now - self._said < self._every:
+            return
+        self._said = now
+        kernels = ", ".join(f"{name} x {calls}" for name, calls in sorted(self.backends.items())) or "none"
+        line = str(self.total).removeprefix("request total: ")
+        self._say(f"topmass: {self.requests} requests finished; {line}; sparse kernels: {kernels}")

@@ -1,0 +1,272 @@
+"""Everything that touches vLLM where its versions differ, or where no public hook exists: 0.26 to 0.32.
+
+| what | 0.26, 0.27 | 0.28 and newer |
+|---|---|---|
+| width of a page's rows | `AttentionBackend.get_kv_cache_shape` | `FullAttentionSpec.head_size_v` alone |
+| text-only Qwen3.5 | not in the registry, no `IsHybrid` | in the registry |
+| model runner | V1 (`input_batch`), V2 for a few models | V2 (`req_states`) from 0.30 |
+| keeping a batch out of full graphs | V1: yes; V2: no, so none are used | yes |
+
+No version tells an attention backend how long a request's prompt is, or which request a row belongs to; both runners know it,
+and are asked in a wrapper around one of their methods.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from topmass.errors import ConfigError, UnsupportedModelError
+from topmass.integrations.vllm.batch import Step
+from topmass.integrations.vllm.pages import PageLayout
+from topmass.integrations.vllm.service import Service, open_service
+from topmass.integrations.vllm.settings import Settings
+from topmass.selection.indexer import ModelFingerprint
+
+__all__ = ["MODELS", "check_engine", "hold", "open_engine", "register", "run_attention", "service_of"]
+
+_PACKAGE = "topmass.integrations.vllm"
+MODELS = {
+    "LlamaForCausalLM": f"{_PACKAGE}.models.llama:LlamaForCausalLM",
+    "Qwen3ForCausalLM": f"{_PACKAGE}.models.qwen3:Qwen3ForCausalLM",
+    "Qwen3NextForCausalLM": f"{_PACKAGE}.models.qwen3_next:Qwen3NextForCausalLM",
+    "Qwen3_5ForCausalLM": f"{_PACKAGE}.models.qwen3_5:Qwen3_5ForCausalLM",
+}
+"""Class of ours by architecture, as `config.json` names it."""
+
+_HELD = "_topmass_service"
+_RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
+
+
+def register() -> None:
+    """Backend, model classes, and the checks at start-up; may be called again."""
+    from vllm import ModelRegistry
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    cpu = current_platform.is_cpu()
+    path = f"{_PACKAGE}.backend_reference.ReferenceBackend" if cpu else f"{_PACKAGE}.backend_flash.SparseFlashBackend"
+    register_backend(AttentionBackendEnum.CUSTOM, path)
+    for architecture, model in MODELS.items():
+        ModelRegistry.register_model(architecture, model)
+    platform = type(current_platform)
+    _wrap(platform, "check_and_update_config", _check_after)
+    if cpu:
+        _wrap(platform, "get_attn_backend_cls", functools.partial(_let_choose, AttentionBackendEnum.CUSTOM))
+
+
+def open_engine(vllm_config: Any) -> Service | None:
+    """A new service for an engine, or `None` if it serves no indexer.
+
+    Raises:
+        ConfigError: A setting is wrong, or does not fit the indexer.
+        DataError: The indexer is missing or damaged.
+    """
+    from vllm.logger import init_logger
+    from vllm.platforms import current_platform
+
+    parallel = vllm_config.parallel_config
+    return open_service(
+        vllm_config.additional_config,
+        device=current_platform.get_device_name(),
+        say=init_logger("vllm.topmass").info,
+        # every rank of a tensor-parallel group does the same
+        keep=getattr(parallel, "rank", 0) % max(parallel.tensor_parallel_size, 1) == 0,
+    )
+
+
+def service_of(vllm_config: Any) -> Service | None:
+    """The service that the model of this engine was built with, or `None` if it serves no indexer."""
+    held = vars(vllm_config).get(_HELD)
+    if held is None and Settings.parse(vllm_config.additional_config) is not None:
+        # to go on would be to serve dense in silence
+        raise UnsupportedModelError(
+            "vLLM built this model, or asks for its attention, without topmass; please report it."
+        )
+    return held
+
+
+def check_engine(vllm_config: Any, service: Service) -> None:
+    """Refuse an engine that cannot serve its indexer exactly.
+
+    Raises:
+        ConfigError: An option of vLLM's is in the way, or the indexer does not fit the model.
+        UnsupportedModelError: No class of ours serves the model.
+    """
+    model = vllm_config.model_config
+    architectures = list(getattr(model.hf_config, "architectures", None) or [])
+    if not set(architectures) & set(MODELS):
+        raise UnsupportedModelError(
+            f"topmass does not serve {', '.join(architectures) or 'this model'} in vLLM; it serves {', '.join(sorted(MODELS))}. "
+            "Leave 'topmass' out of --additional-config to serve it dense."
+        )
+    backends = vllm_config.attention_config
+    chosen = (getattr(backends, "backend_per_kind", None) or {}).get("full_attention") or backends.backend
+    if chosen is None or chosen.name != "CUSTOM":
+        raise ConfigError(
+            f"The attention backend is {chosen.name if chosen else 'left to vLLM'}; an indexer is served by ours: add "
+            "--attention-backend CUSTOM, or leave 'topmass' out of --additional-config."
+        )
+    if (dtype := str(vllm_config.cache_config.cache_dtype)) not in ("auto", str(model.dtype).removeprefix("torch.")):
+        raise ConfigError(
+            f"The KV cache is {dtype}, the model {model.dtype}: index keys ride in the KV cache, in the model's dtype; leave "
+            "--kv-cache-dtype at 'auto'."
+        )
+    if vllm_config.speculative_config is not None:
+        raise ConfigError(
+            "Speculative decoding cannot be combined with topmass yet; leave --speculative-config out, or 'topmass' out of "
+            "--additional-config."
+        )
+    parallel = vllm_config.parallel_config
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            raise ConfigError(f"{name} > 1 splits a sequence's keys between devices, where none could select; use 1.")
+    text = model.hf_text_config
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+    service.check(ModelFingerprint.from_config(text, full))
+
+
+def hold(backend: Any, layout: PageLayout, vllm_config: Any, service: Service) -> None:
+    """Make room for index keys, and begin to ask the model runner about requests, on behalf of the model of this engine.
+
+    Args:
+        backend: Attention backend of the layers.
+    """
+    # from now on the indexer's files may change or go
+    vars(vllm_config)[_HELD] = service
+    backend.index_columns = layout.columns
+    # the graph that is compiled depends on the indexer's shape, which its directory's name does not tell
+    vllm_config.additional_config["topmass_indexer"] = service.indexer.digest
+    answers = [_ask(sys.modules[name].GPUModelRunner) for name in _RUNNERS if name in sys.modules]
+    service.guarded = all(answers)
+
+
+def run_attention(attn: Any, query: Any, key: Any, value: Any, out: Any) -> None:
+    """Write to the pages, then attend, through the operators that `torch.compile` splits the graph at."""
+    import torch
+    from vllm.model_executor.layers.attention import attention as module
+
+    if attn.use_direct_call:
+        written = module.unified_kv_cache_update(key, value, attn.layer_name)
+        module.unified_attention_with_output(query, key, value, out, attn.layer_name, kv_cache_dummy_dep=written)
+        return
+    name = module._encode_layer_name(attn.layer_name)
+    written = torch.ops.vllm.unified_kv_cache_update(key, value, name)
+    torch.ops.vllm.unified_attention_with_output(query, key, value, out, name, kv_cache_dummy_dep=written)
+
+
+def _check_after(original: Callable[..., Any], vllm_config: Any) -> None:
+    original(vllm_config)
+    # before anything is loaded, in the process that the user started
+    if vllm_config.model_config is not None and (service := open_engine(vllm_config)) is not None:
+        check_engine(vllm_config, service)
+
+
+def _let_choose(custom: Any, original: Callable[..., Any], selected: Any, *args: Any, **kwargs: Any) -> Any:
+    # the CPU platform knows one backend and ignores what was asked for
+    return custom.get_path() if selected is custom else original(selected, *args, **kwargs)
+
+
+def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
+    """Put `around(original, ...)` in the place of a class method, once."""
+    original = getattr(owner, name)
+    if getattr(original, "topmass", False):
+        return
+
+    def method(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
+    method.topmass = True  # pyright: ignore[reportFunctionMemberAccess]
+    setattr(owner, name, classmethod(method))
+
+
+def _ask(runner: type) -> bool:
+    """Have a class of model runners tell each step's requests to its service.
+
+    Returns:
+        True if it can also be asked to keep a batch out of the CUDA graphs of decoding.
+    """
+    around = {"execute_model": _execute_model}
+    if hasattr(runner, "prepare_inputs"):
+        around |= {"prepare_inputs": _prepare_inputs, "gather_batch_req_state": _gather_batch_req_state}
+    else:
+        around |= {
+            "_build_attention_metadata": _build_attention_metadata,
+            "_determine_batch_execution_and_padding": _determine_batch_execution,
+        }
+    guard = list(around)[-1]
+    for name, function in around.items():
+        original = getattr(runner, name, None)
+        if original is None and name != guard:
+            raise UnsupportedModelError(
+                f"This version of vLLM has no {runner.__name__}.{name}, which topmass asks for prompt lengths; use 0.26 to 0.32."
+            )
+        if original is not None and not getattr(original, "topmass", False):
+            setattr(runner, name, _around(original, function))
+    return hasattr(runner, guard)
+
+
+def _around(original: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        service = service_of(self.vllm_config)
+        if service is None:
+            return original(self, *args, **kwargs)
+        return function(service, functools.partial(original, self), self, *args, **kwargs)
+
+    method.topmass = True  # pyright: ignore[reportAttributeAccessIssue]
+    return method
+
+
+def _execute_model(service: Service, original: Any, runner: Any, scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+    service.receipts.finish(scheduled.finished_req_ids)
+    try:
+        return original(scheduled, *args, **kwargs)
+    finally:
+        service.step = None
+
+
+def _prepare_inputs(service: Service, original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
+    batch = original(*args, **kwargs)
+    lengths = runner.req_states.prompt_len.np[batch.idx_mapping_np]
+    service.step = Step(requests=list(batch.req_ids), prompt_lens=lengths.tolist())
+    return batch
+
+
+def _gather_batch_req_state(service: Service, original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
+    state, uniform = original(*args, **kwargs)
+    if state is None:
+        return state, uniform
+    past = runner.req_states.num_computed_tokens_np[state.idx_mapping_np]
+    prompt = runner.req_states.prompt_len.np[state.idx_mapping_np]
+    if _selects_alone(service, past, prompt):
+        # a graph of decoding holds dense attention
+        state.decode_graph_eligible = False
+        return state, None
+    return state, uniform
+
+
+def _build_attention_metadata(service: Service, original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
+    # vLLM's own dummy runs do not say how many tokens of whom
+    if kwargs.get("num_scheduled_tokens") is not None:
+        batch = runner.input_batch
+        lengths = batch.num_prompt_tokens[: batch.num_reqs]
+        service.step = Step(requests=list(batch.req_ids), prompt_lens=lengths.tolist())
+    return original(*args, **kwargs)
+
+
+def _determine_batch_execution(service: Service, original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
+    batch = runner.input_batch
+    past = batch.num_computed_tokens_cpu[: batch.num_reqs]
+    # vLLM's dummy runs say themselves whether they stand for decoding
+    real = "force_uniform_decode" not in kwargs
+    if real and _selects_alone(service, past, batch.num_prompt_tokens[: batch.num_reqs]):
+        kwargs["force_uniform_decode"] = False
+    return original(*args, **kwargs)
+
+
+def _selects_alone(service: Service, past: Any, prompt: Any) -> bool:
+    """True if a prompt's token that comes next, maybe alone, reads a support."""
+    threshold = service.threshold
+    return threshold is not None and bool(((past < prompt) & (past >= threshold)).any())
