@@ -72,7 +72,7 @@ class DistillConfig:
     features: Features = "hidden"
     q_block: int = 1
     kv_block: int = 1
-    reduce: Reduce = "mean"
+    reduce: Reduce = "max"
     pool: Pool = "sum"
     sink: int = 0
     window: int = 1

@@ -64,7 +64,7 @@ class IndexerConfig:
     kv_block: int = 1
     rotary_dim: int = 0
     features: Features = "hidden"
-    reduce: Reduce = "mean"
+    reduce: Reduce = "max"
     score_dtype: ScoreDtype = "float16"
     norm_eps: float = 1e-6
 

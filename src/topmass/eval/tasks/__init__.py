@@ -54,6 +54,7 @@ def make_samples(
     seed: int = 0,
     questions: int = 1,
     haystack: str | Path | None = None,
+    first: int = 0,
 ) -> list[Sample]:
     """`n` haystacks of a task with `questions` questions each, all of them a function of the arguments alone.
 
@@ -65,6 +66,7 @@ def make_samples(
         tokenizer: The model's own: called with a string, returns a mapping with `input_ids`.
         length: Tokens of a prompt and its answer together.
         haystack: A UTF-8 text file that replaces the bundled filler.
+        first: Index of the first haystack: processes can share the work, and the samples are those of one call.
 
     Raises:
         ConfigError: An unknown task, or more questions than a haystack supports.
@@ -76,15 +78,17 @@ def make_samples(
     chosen = get_task(task)
     if not 1 <= questions <= chosen.max_questions:
         raise ConfigError(f"questions must be 1 to {chosen.max_questions} for {task}, got {questions}")
-    if n < 1:
-        raise ConfigError(f"n must be at least 1, got {n}")
+    if n < 1 or first < 0:
+        raise ConfigError(f"n must be at least 1 and first at least 0, got {n} and {first}")
     if haystack is not None and chosen.filler is None:
         raise ConfigError(f"{task} has no filler to replace; leave haystack out")
 
     def count(text: str) -> int:
         return len(tokenizer(text)["input_ids"])
 
-    return sample_haystacks(chosen, count, length=length, n=n, seed=seed, questions=questions, haystack=haystack)
+    return sample_haystacks(
+        chosen, count, length=length, n=n, seed=seed, questions=questions, haystack=haystack, first=first
+    )
 
 
 def score(sample: Sample, prediction: str) -> float:

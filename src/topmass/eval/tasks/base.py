@@ -160,10 +160,11 @@ def sample_haystacks(
     seed: int,
     questions: int,
     haystack: str | Path | None,
+    first: int = 0,
 ) -> list[Sample]:
     """The samples of `n` haystacks; see `make_samples`."""
     start = file_filler(haystack) if haystack is not None else bundled_filler(task.filler)
-    makers = [_Maker(task, count, start, seed, index, questions) for index in range(n)]
+    makers = [_Maker(task, count, start, seed, index, questions) for index in range(first, first + n)]
     if max(m.used(m.build(task.min_size, length)) for m in makers) > length:
         least = length
         while (need := max(m.used(m.build(task.min_size, least)) for m in makers)) > least:

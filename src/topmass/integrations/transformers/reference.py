@@ -29,4 +29,6 @@ def load_reference(*, dtype: torch.dtype | None = None, device: str | torch.devi
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=dtype).to(device).eval()  # pyright: ignore[reportArgumentType]
+    # what is recorded about a run must not name a directory of this machine
+    model.name_or_path = "reference"
     return model, AutoTokenizer.from_pretrained(REFERENCE)

@@ -1,0 +1,57 @@
+"""The same training on one GPU, on one again, and on two: loss curves and throughput.
+
+    PYTHONPATH=src python recipes/indexer/two_gpus.py --out benchmarks/indexer/two-gpus.json --work /tmp/two-gpus --workers 16
+
+The two single runs differ by nothing but the run, so their distance is the noise that the distance to the run on two GPUs is held
+against. They run side by side, one on each GPU. Under a minute on two H200s. Without GPUs two processes share the CPU.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from common import store
+from training import difference, finish, given, options, publish, rate, start, verdict, within
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="directory for text and runs")
+    parser.add_argument("--workers", type=int, default=8, help="processes that write text")
+    options(parser)
+    args = parser.parse_args()
+    gpus = torch.cuda.device_count()
+    if torch.cuda.is_available() and gpus < 2:
+        sys.exit("There is one GPU; this comparison needs two.")
+    store(args.work, length=args.length, sequences=args.steps * args.batch, seed=6, workers=args.workers)
+    one, again, two = (args.work / name for name in ("one", "again", "two"))
+    singles = [(start(args.work, out, given(args), gpu=i if gpus else None), out) for i, out in enumerate((one, again))]
+    for process, out in singles:
+        finish(process, out)
+    finish(start(args.work, two, given(args), processes=2), two)
+    noise, found = difference(one, again), difference(one, two)
+    rates = {out.name: rate(out) for out in (one, again, two)}
+    ratio = 2 * rates["two"] / (rates["one"] + rates["again"])
+    where = torch.cuda.get_device_name(0) if gpus else "the CPU"
+    return publish(
+        args.out,
+        {
+            "about": f"Reference checkpoint on {where}: {args.steps} steps of {args.batch} sequences of {args.length:,} tokens. Distances of the KL curve from the first run.",
+            "runs": {
+                "one GPU": {"tokens_per_s": rates["one"], "largest": 0.0, "mean": 0.0},
+                "one GPU again": {"tokens_per_s": rates["again"], **noise},
+                "two GPUs": {"tokens_per_s": rates["two"], **found},
+            },
+            "throughput_ratio": ratio,
+            "checks": [
+                verdict("two GPUs have the curve of one", within(found, noise), f"mean distance {found['mean']:.1e} nats, run to run {noise['mean']:.1e}"),
+                f"Throughput: {ratio:.2f} times that of one GPU.",
+            ],
+        },
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
