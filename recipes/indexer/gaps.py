@@ -39,7 +39,6 @@ from topmass.eval.settings import Infeasible
 from topmass.eval.tasks import list_tasks
 from topmass.integrations.transformers.load import describe_device, weights_hash
 from topmass.integrations.transformers.reference import load_reference
-from topmass.report.aggregate import EvalTable, Setting
 from topmass.results import LoadedRun, Run, load_run, make_manifest
 from topmass.results.stats import Interval
 
@@ -358,6 +357,9 @@ class Found:
     """Runs of one part: intervals by label, over all tasks that ran or some of them."""
 
     def __init__(self, runs: Sequence[LoadedRun], tasks: Sequence[str] | None = None) -> None:
+        # figures need packages that a machine which only measures may lack
+        from topmass.report.aggregate import EvalTable, Setting
+
         kept = [r.records for r in runs]
         if tasks is not None:
             kept = [[row for row in rows if row["task"] in tasks] for rows in kept]
@@ -394,7 +396,9 @@ def points(interval: Interval | None) -> str:
     """An interval in points."""
     if interval is None:
         return "not run"
-    return f"{100 * interval.point:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+    # 0.0 is added so that nothing reads -0.0
+    point, low, high = (round(100 * x, 1) + 0.0 for x in (interval.point, interval.low, interval.high))
+    return f"{point:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def pooled(lengths: Sequence[int]) -> list[tuple[str, list[int]]]:
@@ -563,6 +567,8 @@ def report(args: argparse.Namespace) -> int:
         note,
         score_table(nine, ten),
         "## Gaps",
+        "Each row is taken on the samples that its two sides share: those with the oracle or the shared selection rest on fewer haystacks, so the steps add up to "
+        "dense minus indexer only nearly.",
         gap_table(nine, ten),
         "## Points below dense, by task",
         task_table(ten),

@@ -81,7 +81,7 @@ def main() -> int:
             },
             "checks": [
                 verdict("every step is there once", len(curve(broken)) == args.steps, f"{len(curve(broken))} of {args.steps}"),
-                verdict("killed before the end", bool(hit) and max(hit) < args.steps, f"at {hit}"),
+                verdict("killed before the end", all(0 < step < args.steps for step in hit), f"at {hit}"),
                 verdict("a killed run ends like one left alone", holds, f"mean distance {found['mean']:.1e} nats, run to run {noise['mean']:.1e}; weights differ by {weights:.1e} at most"),
             ],
         },

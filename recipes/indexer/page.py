@@ -57,7 +57,9 @@ def points(interval: Interval | None) -> str:
     """An interval in points."""
     if interval is None:
         return ""
-    return f"{100 * interval.point:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+    # 0.0 is added so that nothing reads -0.0
+    point, low, high = (round(100 * x, 1) + 0.0 for x in (interval.point, interval.low, interval.high))
+    return f"{point:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def missing(what: str, command: str) -> str:
@@ -120,7 +122,8 @@ def ablation_parts(found: Ablations) -> list[str]:
     parts = [
         f"Every variant learned from the same {first['training']['tokens'] / 1e6:.1f} million tokens, sequences of {first['training']['config']['length']:,}, on {first['device']}; the budget is "
         f"{first['budget']} of the context. Recall, mass and KL on held-out text, mean over the full-attention layers. Tasks: macro average in per cent, "
-        "achieved keys per query beside; differences in points with paired 95 % intervals.",
+        "achieved keys per query beside; differences in points with paired 95 % intervals. Training and measuring took the processes "
+        f"{sum(a['seconds'] for a in found.about.values()) / 60:.0f} minutes in sum.",
     ]  # fmt: skip
     for question, title in QUESTIONS.items():
         names = [n for n in found.about if found.about[n]["question"] == question and n != FIRST]
@@ -186,7 +189,7 @@ def by_layer(found: Ablations) -> str:
 def cost_parts(found: Mapping[str, Any]) -> list[str]:
     """Memory and speed of distillation."""
     return [
-        f"`{found['shape']}` with random weights in bfloat16, one sequence of {found['tokens']:,} tokens, {found['device']}; {found['rounds']} interleaved rounds in one process, medians "
+        f"`{found['shape']}` with random weights, one sequence of {found['tokens']:,} tokens, {found['device']}; {found['rounds']} interleaved rounds in one process, medians "
         "with 10th and 90th percentile.",
         table(
             ["", "seconds", "tokens/s", "peak GiB"],

@@ -75,6 +75,10 @@ def test_growth_is_timed_apart_and_measured(monkeypatch: pytest.MonkeyPatch) -> 
     assert grown[2.0] == pytest.approx(2.0, abs=0.2)
     assert {r["role"] for r in rows if r["name"] == "union"} == {"part"}
     assert {r["config"] for r in rows} == {"b=128 q1 k4 layer u=1.1", "b=128 q1 k4 layer u=2"}
+    # one set of rounds: each growth has its own layer beside the same dense times
+    times = {(r["growth"], r["name"]): r["value"] for r in rows if r["metric"] == "time"}
+    assert times[1.1, "sdpa"] == times[2.0, "sdpa"]
+    assert times[1.1, "layer"] != times[2.0, "layer"]
 
 
 def test_oracle_and_loss_are_recorded() -> None:

@@ -7,6 +7,7 @@ from topmass.bench import Timings, time_rounds
 from topmass.bench.baselines import BASELINES, baselines_for
 from topmass.bench.shapes import SHAPES, shape_of
 from topmass.errors import ConfigError
+from topmass.ops.dense_prefill import _flash3
 
 
 def test_rounds_are_interleaved_and_rotate() -> None:
@@ -70,7 +71,8 @@ def test_registry_of_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(BASELINES) == {"fa2", "cudnn", "fa3", "sdpa"}
     there, absent = baselines_for("cpu")
     assert ([b.name for b in there], absent) == (["sdpa"], {})
-    monkeypatch.setattr("topmass.bench.baselines._found", lambda module: False)
+    monkeypatch.setattr(_flash3, "_has_package", lambda: False)
+    monkeypatch.setattr(_flash3, "_extension", lambda: None)
     there, absent = baselines_for("cuda")
     assert "fa2" in {b.name for b in there}
     assert absent["fa3"].startswith("not installed: needs flash_attn_interface")

@@ -94,7 +94,7 @@ def test_demo_reports_and_keeps_what_is_complete(cli, model: Path, monkeypatch: 
     from topmass.cli import demo
 
     monkeypatch.setattr(demo, "AUDIT", replace(demo.AUDIT, length=256, texts=1, budgets=("16",)))
-    small = replace(demo.EVAL, tasks=("niah_single",), lengths=(512,), haystacks=1, budgets=("64",))
+    small = replace(demo.EVAL, tasks=("niah_single",), lengths=(512,), haystacks=1, budgets=("64",), indexer=None)
     monkeypatch.setattr(demo, "EVAL", small)
     load = demo.load
     monkeypatch.setattr(demo, "load", lambda name, *args: load(str(model), *args))

@@ -71,8 +71,12 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(cli, model: Path, monkeypatch
     assert result.code == 130
     assert "the same command resumes there" in result.err.splitlines()[-1]
     assert not Path("out").exists()
-    assert cli("distill", model, "-o", "out", *SMALL).code == 0
+    again = cli("distill", model, "-o", "out", *SMALL)
+    assert again.code == 0
+    assert re.search(r"^resuming .*out.partial: 2 of 3 steps are done$", again.err, re.MULTILINE), again.err
     assert steps == [0, 1, 2]
+    attempts = load_run("out").manifest["attempts"]
+    assert [a.get("resumed_at_step") for a in attempts] == [None, 2]
 
 
 @pytest.mark.parametrize(
@@ -118,6 +122,30 @@ def test_eval_refuses_the_indexer_of_another_model_at_once(cli, model: Path) -> 
     argv = ("eval", model, "--tasks", "niah_single", "--lengths", 512, "--haystacks", 1, "--out", "run")
     assert_refused(cli(*argv, "--indexer", "other"), "belongs to another model.*num_layers is 2")
     assert not list(Path().glob("run*"))
+
+
+def test_eval_passes_the_crossover_and_the_backend_on(cli, model: Path) -> None:
+    assert cli("distill", model, "-o", "indexer", *SMALL).code == 0
+    indexer = topmass.load_indexer("indexer")
+    indexer.info = indexer.info.replace(crossover={"cpu": 300})
+    indexer.save("indexer")
+    argv = ("eval", model, "--tasks", "niah_single", "--lengths", 512, "--haystacks", 1, "--budgets", 16)
+    baselines = ("--baselines", "random", "streaming")
+    extra = (*baselines, "--indexer", "indexer", "--dense-below", "auto", "--backend", "reference")
+    result = cli(*argv, *extra, "--out", "run")
+    assert result.code == 0, result.err
+    assert "--dense-below has no effect on the streaming baseline" in result.err
+    run = load_run("run")
+    assert (run.manifest["config"]["dense_below"], run.manifest["config"]["backend"]) == ("auto", "reference")
+    keys = {r["selector"]: r["keys_read_mean"] for r in run.records}
+    assert keys["oracle"] == keys["indexer"] == keys["random"] > 100 > 16 >= keys["streaming"]
+    number = cli(*argv, "--dense-below", 300, "--out", "other")
+    assert number.code == 0, number.err
+    same = {r["selector"]: r for r in load_run("other").records}["oracle"]
+    assert same["fingerprint"] in {r["fingerprint"] for r in run.records}
+    assert_refused(cli(*argv, "--dense-below", "auto", "--out", "third"), "give --indexer, or a number")
+    assert_refused(cli(*argv, "--backend", "tritn", "--out", "third"), "Unknown backend 'tritn'.*known: reference")
+    assert_refused(cli(*argv, "--dense-below", -1, "--out", "third"), "dense_below must not be negative")
 
 
 def test_eval_of_an_indexer_prints_the_gaps(cli, model: Path) -> None:

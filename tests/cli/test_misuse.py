@@ -1,10 +1,15 @@
 """Misuse ends in one line with a remedy and exit code 2."""
 
+import importlib.util
 import re
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
+
+from topmass.ops import _dispatch
 
 
 def assert_refused(result, pattern: str) -> None:
@@ -37,6 +42,64 @@ def assert_refused(result, pattern: str) -> None:
 )
 def test_refused(cli, argv: list[str], pattern: str) -> None:
     assert_refused(cli(*argv), pattern)
+
+
+def test_a_gpu_with_an_old_driver_is_told_of_in_one_line(cli, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_available() -> bool:
+        text = (
+            "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040). Please update it."
+        )
+        warnings.warn(
+            text + "\nAlternatively, go to ... (Triggered internally at CUDAFunctions.cpp:119.)", stacklevel=2
+        )
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    result = cli("eval", model, "--tasks", "niah_single", "--lengths", 4096, "--haystacks", 1)
+    told = [line for line in result.err.splitlines() if "driver" in line]
+    assert told == [
+        "warning: The GPU is not used (CUDA initialization: The NVIDIA driver on your system is too old (found version 11040)); "
+        "update its driver or torch, or choose a device."
+    ]
+
+
+def test_triton_that_is_not_installed(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "triton" else find(name, *a))
+    pattern = "Unknown backend 'triton'.*known: reference; the package triton is not installed"
+    assert_refused(cli("eval", "reference", "--backend", "triton"), pattern)
+
+
+def test_triton_without_a_gpu_is_asked_for_by_name(cli, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for op in ("attention_mass", "sparse_prefill"):
+        no_gpu = _dispatch.KernelBackend(name="triton", fn=print, why_not=lambda *_, **__: "needs CUDA tensors.")
+        monkeypatch.setitem(_dispatch._BACKENDS[op], "triton", no_gpu)
+    argv = ("eval", model, "--tasks", "niah_single", "--lengths", 512, "--haystacks", 1, "--budgets", 32)
+    assert_refused(cli(*argv, "--backend", "triton"), "attention_mass' can run this call: triton needs CUDA tensors")
+
+
+@pytest.mark.parametrize(
+    ("made", "pattern"),
+    [
+        (lambda n: transformers.GPT2Config(vocab_size=n, n_embd=16, n_layer=2, n_head=2), "type 'gpt2' are not supported"),
+        (
+            lambda n: transformers.MistralConfig(
+                vocab_size=n, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+                num_key_value_heads=1, sliding_window=8,
+            ),
+            "has no full-attention layer",
+        ),
+    ],
+)  # fmt: skip
+def test_unsupported_family(cli, model: Path, tmp_path: Path, made, pattern: str) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    config = made(len(tokenizer))
+    config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    (tmp_path / "text.txt").write_text("some words to read " * 20)
+    assert_refused(cli("audit", "other", "--text", "text.txt", "--length", 32), pattern)
+    assert_refused(cli("distill", "other", "-o", "out", "--length", 128, "--budget", 16), pattern)
 
 
 def test_hub_id_without_network(cli) -> None:

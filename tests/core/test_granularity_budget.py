@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import topmass
 from topmass.core.budget import Budget
-from topmass.core.granularity import Granularity
+from topmass.core.granularity import Granularity, split_queries
 from topmass.errors import ConfigError
 
 
@@ -124,3 +124,14 @@ def test_budget_text_round_trip(fraction, tokens):
 def test_values_are_frozen(value):
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(value, dataclasses.fields(value)[0].name, 2)
+
+
+@pytest.mark.parametrize(
+    ("q_start", "q_len", "step"), [(0, 20, 8), (5, 10, 8), (7, 1, 8), (16, 3, 8), (3, 0, 8), (2, 9, 1)]
+)
+def test_queries_are_cut_at_absolute_positions(q_start, q_len, step):
+    parts = list(split_queries(q_start, q_len, step))
+    assert [t for lo, hi in parts for t in range(lo, hi)] == list(range(q_len))
+    assert parts[0][0] == 0
+    assert all((q_start + lo) % step == 0 for lo, _ in parts[1:])
+    assert all(hi - lo <= step for lo, hi in parts)

@@ -100,6 +100,23 @@ def test_dense_len(budget, below, expected):
     assert rule.dense_len(torch.tensor([39])).tolist() == [expected]
 
 
+@given(
+    settings(),
+    st.sampled_from(["150", "200", "7%", "33.3%", "99%", "100%", "mass:0.9<=200", None]),
+    st.integers(0, 120),
+    st.integers(0, 300),
+    st.integers(1, 300),
+)
+def test_what_reads_all_is_counted_without_tensors(fields, budget, below, start, length):
+    rule = SupportRule(budget=Budget.parse(budget) if budget else None, dense_below=below, **fields)
+    t = torch.arange(start, start + length)
+    g = rule.granularity.q_block
+
+    sparse = t + 1 > rule.dense_len(t // g * g)
+    assert rule.sparse_queries(start, length) == int(sparse.sum())
+    assert rule.reads_all(start, length) == (not bool(sparse.any()))
+
+
 @given(st.integers(0, 100), st.integers(1, 60), blocks)
 def test_blocks_are_aligned_to_absolute_positions(start, length, g):
     rule = SupportRule(budget=None, granularity=Granularity(q_block=g))

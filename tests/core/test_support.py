@@ -146,6 +146,15 @@ def test_cat_of_different_widths():
     assert Support.cat(parts).groups.tolist() == [[[[-1, -1], [0, 2]]]]
 
 
+def test_cat_copies_only_what_it_has_to():
+    rule = SupportRule(budget=Budget(tokens=3))
+    part = one([[0, 1]], [2], rule=rule, q_start=5, q_len=1)
+    assert Support.cat([part]) is part
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "pad", None)
+        assert Support.cat([part, one([[1, 2]], [2], rule=rule, q_start=6, q_len=1)]).q_len == 2
+
+
 def test_cat_refuses_a_gap_a_split_block_and_another_granularity():
     rule = SupportRule(budget=Budget(tokens=16), granularity=Granularity(q_block=4))
     head = one([[0]], [1], rule=rule, q_start=16, q_len=2)

@@ -49,6 +49,7 @@ def test_deterministic_and_prefix_stable(task, tokenizer):
     assert more[0] == one[0]
     assert make_samples(task, tokenizer, length=1024, n=1, seed=6)[0].context != one[0].context
     assert more[2].context != more[0].context
+    assert make_samples(task, tokenizer, length=1024, n=1, seed=5, questions=2, first=1) == more[2:]
 
 
 @pytest.mark.parametrize("task", list_tasks())
@@ -198,6 +199,8 @@ def test_errors_name_the_remedy(tmp_path, tokenizer):
         make_samples("majority", tokenizer, length=1024, n=1, questions=3)
     with pytest.raises(ConfigError, match="at least 1"):
         make_samples("majority", tokenizer, length=1024, n=0)
+    with pytest.raises(ConfigError, match="first at least 0"):
+        make_samples("majority", tokenizer, length=1024, n=1, first=-1)
     with pytest.raises(ConfigError, match="no filler"):
         make_samples("niah_distractor", tokenizer, length=1024, n=1, haystack=tmp_path)
     with pytest.raises(DataError, match="cannot read"):

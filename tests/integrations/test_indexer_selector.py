@@ -12,7 +12,8 @@ from topmass.core.granularity import Granularity
 from topmass.errors import ConfigError
 from topmass.integrations.transformers._session import Session
 from topmass.integrations.transformers.families import find_layers
-from topmass.integrations.transformers.index_keys import RopeInfo, describe_model, index_configs, index_rope
+from topmass.integrations.transformers.index_keys import IndexKeys, RopeInfo, describe_model, index_configs, index_rope
+from topmass.ops import _logits
 from topmass.selection.indexer import Indexer
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -486,3 +487,47 @@ def test_the_backbone_decides_the_dtype(dtype):
     assert rows_of(cache)[0].raw.dtype == dtype
     assert not rows_of(cache)[0].raw.requires_grad
     assert all(p.dtype == torch.float32 and p.requires_grad for p in indexer.parameters())
+
+
+# what it costs
+
+
+@pytest.mark.usefixtures("float64_throughout")
+def test_an_indexer_takes_one_call_of_its_ops_where_the_ids_fit(models, monkeypatch):
+    model, ids = models("llama"), tiny_models.prompt(100)
+    found = []
+    # ids of 8 keys for a query, 4 bytes each
+    for limit in (4 * 8 * 100, 4 * 8 * 10):
+        monkeypatch.setattr(_logits, "WORKSPACE_BYTES", limit)
+        with topmass.sparsify(model, select(make(model), 9)) as run:
+            found.append((model(ids).logits, run.receipt.layers[0].selection))
+    torch.testing.assert_close(found[1][0], found[0][0], **EXACT)
+    assert [s["index_topk=reference"] for _, s in found] == [1, 10]
+
+
+@pytest.mark.usefixtures("float64_throughout")
+def test_layers_share_their_tables_until_a_cache_is_changed(models):
+    model, ids, cache = models("llama"), tiny_models.prompt(40), DynamicCache()
+    with torch.no_grad(), topmass.sparsify(model, select(make(model), 9), decode="sparse"):
+        for lo, hi in ((0, 20), (20, 21), (21, 30)):
+            model(ids[:, lo:hi], past_key_values=cache)
+        rows = [layer.index_rows for layer in cache.layers]
+        assert len(rows[0]) == 30
+        assert rows[0].cos is rows[1].cos
+        assert rows[0].sin is rows[1].sin
+        assert rows[0].raw is not rows[1].raw
+        cache.layers[0].reorder_cache(torch.tensor([0]))
+        rest = model(ids[:, 30:], past_key_values=copy.deepcopy(cache)).logits
+        whole = model(ids).logits[:, 30:]
+    torch.testing.assert_close(rest, whole, **EXACT)
+
+
+def test_a_prompt_below_the_crossover_computes_no_index_vectors(models, monkeypatch):
+    model, ids = models("llama"), tiny_models.prompt(30)
+    selector = select(make(model), 9, dense_below=30)
+    monkeypatch.setattr(IndexKeys, "vectors", None)
+    cache = DynamicCache()
+    with torch.no_grad(), topmass.sparsify(model, selector) as run:
+        model(ids, past_key_values=cache)
+    assert run.receipt.layers[0].mode == "dense"
+    assert len(cache.layers[0].index_rows) == 30

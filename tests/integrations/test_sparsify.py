@@ -15,7 +15,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import topmass
 from topmass.core.granularity import Granularity
 from topmass.errors import BackendUnavailableError, ConfigError, DataError, UnsupportedModelError
-from topmass.ops import _logits
+from topmass.integrations.transformers import sparsify as sparsify_module
+from topmass.ops import _dispatch, _logits
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 CHUNKED = ("llama", "qwen3", "gemma3", "qwen3_5", "qwen3_next")
@@ -368,6 +369,74 @@ def test_receipt_without_supports_counts_the_same(models):
     assert receipts[0].keys_read_mean == pytest.approx(receipts[1].keys_read_mean)
     assert (receipts[0].sparse_queries, receipts[0].dense_queries) == (41, {"within the budget": 9})
     assert receipts[0].dense_queries == receipts[1].dense_queries
+
+
+def named(monkeypatch, *ops):
+    """Backends `named` of these ops: their references, under a name that can only run where it is asked for."""
+    tables = {op: dict(table) for op, table in _dispatch._BACKENDS.items()}
+    for op in ops:
+        tables[op]["named"] = _dispatch.KernelBackend(name="named", fn=tables[op]["reference"].fn)
+    monkeypatch.setattr(_dispatch, "_BACKENDS", tables)
+
+
+def test_a_named_backend_selects_too_and_the_receipt_says_what_did(models, monkeypatch):
+    named(monkeypatch, "sparse_prefill", "topk_support")
+    model, ids = models("llama"), tiny_models.prompt(30)
+    found = {}
+    for backend in ("named", "auto"):
+        with topmass.sparsify(model, oracle(), backend=backend) as run:
+            model(ids)
+        found[backend] = run.receipt.layers[0]
+
+    assert found["auto"].selection == {"attention_mass=reference": 1, "topk_support=reference": 1}
+    # attention_mass has no backend of that name
+    assert found["named"].selection == {"attention_mass=reference": 1, "topk_support=named": 1}
+    assert found["named"].backends == {"named": 1}
+    assert "selected by attention_mass=reference, topk_support=reference" in str(run.receipt)
+
+
+def test_a_named_backend_that_cannot_select_is_refused(models, monkeypatch):
+    named(monkeypatch, "sparse_prefill", "topk_support")
+    table = _dispatch._BACKENDS["topk_support"]
+    table["named"] = _dispatch.KernelBackend(name="named", fn=table["named"].fn, why_not=lambda *_, **__: "is away.")
+    refused = pytest.raises(BackendUnavailableError, match="'topk_support' can run this call: named is away")
+    with topmass.sparsify(models("llama"), oracle(), backend="named") as run, refused:
+        models("llama")(tiny_models.prompt(30))
+    assert run.receipt.layers[0].mode == "unused"
+
+
+def test_what_is_selected_without_ops_names_none(models):
+    with topmass.sparsify(models("llama"), topmass.StreamingSelector(sink=2, window=5)) as run:
+        models("llama")(tiny_models.prompt(30))
+    receipt = run.receipt.layers[0]
+    assert (receipt.mode, receipt.selection, receipt.selected_by) == ("sparse", {}, "")
+    assert receipt.keys_read_mean == pytest.approx(sum(min(t + 1, 7) for t in range(30)) / 30)
+
+
+@pytest.mark.usefixtures("float64_throughout")
+@pytest.mark.parametrize("q_block", [1, 8])
+def test_queries_below_the_crossover_run_apart(models, monkeypatch, q_block):
+    model, ids, calls = models("llama"), tiny_models.prompt(60), []
+    dense = sparsify_module._dense
+    monkeypatch.setattr(sparsify_module, "_dense", lambda call: calls.append(call.q.shape[1]) or dense(call))
+    selector = oracle(24, q_block=q_block, dense_below=43)
+    with topmass.sparsify(model, selector, record_support=True) as run:
+        whole = model(ids).logits
+    assert not calls
+    keys = run.receipt.layers[0].keys_read_mean
+    for step in (60, 7):
+        calls.clear()
+        with topmass.sparsify(model, selector) as run:
+            logits = in_chunks(model, ids, step) if q_block == 1 else model(ids).logits
+        torch.testing.assert_close(logits, whole, **EXACT)
+        receipt = run.receipt.layers[0]
+        assert (receipt.sparse_queries, sum(receipt.dense_queries.values())) == (17, 43)
+        assert receipt.keys_read_mean == pytest.approx(keys)
+        assert sum(calls) == 2 * (43 // q_block * q_block)  # two layers; a block that straddles is one selection
+    with topmass.sparsify(model, oracle(24, dense_below=20)):
+        calls.clear()
+        model(ids)
+    assert not calls  # the budget covers it anyway
 
 
 def test_receipt_of_dense_layers(models):

@@ -13,6 +13,7 @@ from topmass.core.plan import Plan
 from topmass.core.rule import SupportRule
 from topmass.errors import ConfigError, DataError
 from topmass.integrations.vllm.batch import Batch, Step, first_sparse, keys_read
+from topmass.integrations.vllm.metrics import HELP, Counters, samples
 from topmass.integrations.vllm.pages import PageLayout
 from topmass.integrations.vllm.receipts import KEPT_DENSE, Receipts
 from topmass.integrations.vllm.service import Arithmetic, Service, open_service
@@ -361,3 +362,91 @@ def test_a_service_plans_only_inside_a_step(saved):
     service.step = Step(requests=["a"], prompt_lens=[4])
     assert len(service.plan([0, 4], [4]).parts) == 1
     assert service.receipts.total.layers[0].dense == {"within the budget": 4}
+
+
+# a frontier's file
+
+
+def frontier_file(folder, indexer_path, digest, **changed):
+    keys = {"name": "indexer", "budget": "9", "q_block": 1, "kv_block": 1, "share": "layer", "sink": 1, "window": 2}
+    keys |= {"dense_below": 12, "indexer": str(indexer_path), "indexer_digest": digest} | changed
+    lines = [f"{key} = {json.dumps(value)}" for key, value in keys.items()]
+    path = folder / "frontier.toml"
+    path.write_text("\n".join(["version = 1", 'note = "n"', "[selector]", *lines, "[measured]", 'model = "m"', ""]))
+    return path
+
+
+def test_a_frontier_s_file_gives_the_selector_that_load_selector_gives(saved, tmp_path):
+    path = frontier_file(tmp_path, "indexer", Indexer.load(saved).digest)
+    found = open_service({"topmass": {"config": str(path)}}, device="d").selector
+    assert found.fingerprint == topmass.load_selector(path).fingerprint
+    assert found.rule(0) == SupportRule(budget=Budget(tokens=9), sink=1, window=2, dense_below=12)
+
+
+def test_what_stands_beside_a_frontier_s_file_wins(saved, tmp_path):
+    path = frontier_file(tmp_path, "indexer", "another", q_block=32)
+    with pytest.raises(ConfigError, match=r'"granularity": \{"q_block": 1\}'):
+        Settings.parse({"topmass": {"config": str(path)}})
+    given = {"config": str(path), "granularity": {"q_block": 1}, "budget": 8}
+    with pytest.raises(ConfigError, match="measured with another"):
+        open_service({"topmass": given}, device="d")
+    service = open_service({"topmass": {**given, "indexer": str(saved)}}, device="d")
+    assert service.selector.budget == Budget(tokens=8)
+    assert service.settings.granularity == {"q_block": 1, "kv_block": 1}
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"name": "dense"}, "leave 'topmass' out"),
+        ({"name": "pooled"}, "vLLM serves indexers alone"),
+        ({"share": "kv_head"}, "once for all heads"),
+        ({"pool": "sum"}, "unknown key 'pool'"),
+    ],
+)
+def test_a_frontier_s_file_that_cannot_be_served_is_refused(saved, tmp_path, changed, words):
+    path = frontier_file(tmp_path, saved, Indexer.load(saved).digest, **changed)
+    with pytest.raises(ConfigError, match=words):
+        Settings.parse({"topmass": {"config": str(path)}})
+    path.write_text(path.read_text().replace("version = 1", "version = 2"))
+    with pytest.raises(ConfigError, match="not a selector of version 1"):
+        Settings.parse({"topmass": {"config": str(path)}})
+
+
+# counters
+
+
+def test_counters_are_those_of_the_receipts():
+    receipts = Receipts({0: SupportRule(budget=Budget(tokens=4)), 2: None})
+    receipts.add(Batch.plan(Step(requests=["a"], prompt_lens=[10]), [0, 12], [12]))
+    receipts.ran("reference")
+    found = {(name, labels): value for name, labels, value in samples(receipts) if value}
+    assert found == {
+        ("topmass:generated_queries", ()): 2,
+        ("topmass:sparse_queries", (("layer", "0"),)): 6,
+        ("topmass:keys_read", (("layer", "0"),)): 1 + 2 + 3 + 4 + 6 * 4,
+        ("topmass:keys_read", (("layer", "2"),)): 55,
+        ("topmass:dense_queries", (("layer", "0"), ("reason", "within the budget"))): 4,
+        ("topmass:dense_queries", (("layer", "2"), ("reason", KEPT_DENSE))): 10,
+        ("topmass:kernel_calls", (("backend", "reference"),)): 1,
+    }
+    assert {name for name, _, _ in samples(receipts)} <= set(HELP)
+
+
+def test_counters_of_an_engine_are_read_by_prometheus(tmp_path):
+    prometheus = pytest.importorskip("prometheus_client")
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    registry = prometheus.CollectorRegistry()
+    MultiProcessCollector(registry, str(tmp_path))
+    receipts = Receipts({0: SupportRule(budget=Budget(tokens=4))})
+    counters = Counters(tmp_path, {"model_name": "m"})
+    for _ in range(2):
+        receipts.add(Batch.plan(Step(requests=["a"], prompt_lens=[10]), [0, 10], [10]))
+        counters.write(receipts)
+    value = registry.get_sample_value
+    assert value("topmass:sparse_queries_total", {"model_name": "m", "layer": "0"}) == 12
+    assert value("topmass:requests_total", {"model_name": "m"}) == 0
+    # a second engine of the same process
+    Counters(tmp_path, {"model_name": "m"}).write(receipts)
+    assert value("topmass:sparse_queries_total", {"model_name": "m", "layer": "0"}) == 24

@@ -9,6 +9,7 @@ import torch
 
 from topmass.errors import BackendUnavailableError, ConfigError
 from topmass.ops import _dispatch, _logits, attention_mass, dense_lse
+from topmass.ops.dense_prefill import _flash3
 from topmass.testing import assert_as_accurate_as
 
 ON_GPU = torch.cuda.is_available()
@@ -78,6 +79,7 @@ def test_flash3_is_asked_for_what_it_has(old, monkeypatch):
     package = types.ModuleType("flash_attn_interface")
     package.flash_attn_func = attend
     monkeypatch.setitem(sys.modules, "flash_attn_interface", package)
+    monkeypatch.setattr(_flash3, "_has_package", lambda: True)
     flash3 = _dispatch._BACKENDS["dense_lse"]["flash3"].fn
 
     out, lse = flash3(q, k, v, scale=0.3, softcap=2.0, sinks=learned)
@@ -86,6 +88,53 @@ def test_flash3_is_asked_for_what_it_has(old, monkeypatch):
     assert seen == {"softmax_scale": 0.3, "causal": True, "softcap": 2.0} | ({} if old else {"return_attn_probs": True})
     torch.testing.assert_close(lse, norm)
     torch.testing.assert_close(out, exact, rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("extra", [(), ("o_scale",)])
+def test_flash3_of_vllm_is_called_by_the_names_of_its_arguments(extra, monkeypatch):
+    q, k, v = make(d=8, dtype=torch.float16)
+    b, q_len, h, _ = q.shape
+    names = (
+        "q", "k", "v", "k_new", "out", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "q_descale",
+        *extra, "softmax_scale", "is_causal", "window_size_left", "window_size_right", "softcap",
+        "is_rotary_interleaved", "num_splits", "pack_gqa", "sm_margin", "s_aux", "cp_world_size", "cp_rank",
+    )  # fmt: skip
+    seen = {}
+
+    class Op:
+        _schema = types.SimpleNamespace(arguments=[types.SimpleNamespace(name=name) for name in names])
+
+        def __call__(self, *given):
+            seen.update(zip(names, given, strict=True))
+            settings = {"scale": seen["softmax_scale"], "softcap": seen["softcap"]}
+            shaped = (seen[name].unflatten(0, (b, -1)) for name in ("q", "k", "v"))
+            out, lse = dense_lse(*shaped, **settings, backend="reference")
+            return out.flatten(0, 1), lse.permute(2, 0, 1).reshape(h, -1).contiguous(), None
+
+    monkeypatch.setattr(_flash3, "_has_package", lambda: False)
+    monkeypatch.setattr(_flash3, "_op", Op)
+
+    out, lse = _dispatch._BACKENDS["dense_lse"]["flash3"].fn(q, k, v, scale=0.3, softcap=2.0, sinks=None)
+
+    exact, norm = dense_lse(q, k, v, scale=0.3, softcap=2.0, backend="reference")
+    assert seen["cu_seqlens_q"].tolist() == [i * q_len for i in range(b + 1)]
+    assert seen["cu_seqlens_k"].tolist() == [i * k.shape[1] for i in range(b + 1)]
+    assert (seen["max_seqlen_q"], seen["max_seqlen_k"], seen["is_causal"]) == (q_len, k.shape[1], True)
+    assert all(seen[name] is None for name in ("k_new", "out", "q_descale", "s_aux", "pack_gqa", *extra))
+    torch.testing.assert_close((out, lse), (exact, norm))
+
+
+def test_flash3_of_vllm_is_found_without_importing_vllm(tmp_path, monkeypatch):
+    folder = tmp_path / "vllm" / "vllm_flash_attn"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").write_text("raise AssertionError")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    find = _flash3._extension.__wrapped__
+
+    assert find() is None
+    (folder / "_vllm_fa3_C.abi3.so").touch()
+    assert find() == folder / "_vllm_fa3_C.abi3.so"
 
 
 @pytest.mark.skipif(ON_GPU, reason="these kernels can run here")

@@ -9,6 +9,7 @@ from topmass.core.granularity import Granularity
 from topmass.errors import BackendUnavailableError, ConfigError, DataError
 from topmass.ops import _dispatch, _logits, index_topk
 from topmass.ops.index_topk.interface import check_index
+from topmass.ops.index_topk.reference import mean_queries
 
 # kernels take half precision only: test_index_topk_triton.py compares them with the reference
 BACKENDS = ["auto", *(name for name in _dispatch.available("index_topk") if name != "triton")]
@@ -21,6 +22,11 @@ def make(*, heads=1, r=1, q_start=0, dim=16, dtype=torch.float32, batch=2, size=
     iq = torch.randint(-size, size + 1, (batch, kv_len - q_start, heads, dim), generator=gen).add(offset).to(dtype)
     ik = torch.randint(-size, size + 1, (batch, kv_len // r, dim), generator=gen).add(offset).to(dtype)
     return iq, ik
+
+
+def mean(iq):
+    """Mean of some queries, rounded once to their dtype."""
+    return iq.double().mean(0).float().to(iq.dtype)
 
 
 def score(iq, ik, score_dtype):
@@ -41,7 +47,10 @@ def naive(iq, ik, *, wanted, g, r, q_start, sink, window, reduce, score_dtype, s
             candidates = [j for j in range(ik.shape[1]) if j * r >= -(-sink // r) * r and (j + 1) * r <= start]
             pooled = {}
             for j in candidates:
-                rounded = [score(iq[b, i], ik[b, j], score_dtype) for i in queries]
+                rows = [iq[b, i] for i in queries]
+                if reduce == "mean" and iq.shape[2] == 1:
+                    rows = [mean(torch.stack(rows))]
+                rounded = [score(row, ik[b, j], score_dtype) for row in rows]
                 pooled[j] = max(rounded) if reduce == "max" else sum(rounded) / len(rounded)
             best = sorted(candidates, key=lambda j, pooled=pooled: (-pooled[j], j))[:wanted]
             if share_of_softmax is not None and candidates:
@@ -60,6 +69,18 @@ def chosen(support):
     assert support.groups.shape[1] == 1
     rows = zip(support.groups[:, 0].tolist(), support.counts[:, 0].tolist(), strict=True)
     return [[group[:n] for group, n in zip(groups, counts, strict=True)] for groups, counts in rows]
+
+
+def paged(ik, size, *, unused=3):
+    """The same keys in scattered pages of a wider pool, and the table that finds them; its last column is for later."""
+    b, n, dim = ik.shape
+    pages = -(-n // size)
+    order = torch.randperm(b * pages + unused, generator=torch.Generator().manual_seed(1))[: b * pages].view(b, pages)
+    pool = torch.full((b * pages + unused, size, dim + 8), float("nan")).to(ik.device, ik.dtype)
+    whole = torch.cat([ik, ik[:, :1].expand(-1, pages * size - n, -1)], 1)
+    pool[order.flatten().to(ik.device), :, :dim] = whole.unflatten(1, (pages, size)).flatten(0, 1)
+    table = torch.cat([order, torch.full((b, 1), 10**6)], 1).int().to(ik.device)
+    return pool[..., :dim], table
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -137,6 +158,92 @@ def test_reductions_of_a_block_differ():
 
     assert index_topk(iq, ik, budget=5, granularity=g4, q_start=8, reduce="mean").groups.flatten().tolist() == [1]
     assert index_topk(iq, ik, budget=5, granularity=g4, q_start=8, reduce="max").groups.flatten().tolist() == [0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("g", "q_start", "q_len"), [(2, 0, 12), (32, 0, 64), (8, 5, 20), (8, 13, 2), (4, 6, 0), (64, 70, 200)]
+)
+def test_mean_queries_is_the_rounded_mean(g, q_start, q_len, dtype):
+    iq = torch.randn(2, q_len, 1, 5, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+    found = mean_queries(iq, q_block=g, q_start=q_start)
+
+    blocks = range(q_start // g, -(-(q_start + q_len) // g))
+    assert found.shape == (2, len(blocks), 1, 5)
+    assert found.dtype == dtype
+    for i, block in enumerate(blocks if q_len else ()):
+        rows = iq[:, max(block * g - q_start, 0) : (block + 1) * g - q_start]
+        exact = rows.double().mean(1)
+        # half a place of the dtype, and what summing in float32 loses
+        allowed = torch.finfo(dtype).eps / 2 * exact.abs() + torch.finfo(torch.float32).eps * rows.double().abs().amax(
+            1
+        ) * (dtype != torch.float64)
+        assert ((found[:, i].double() - exact).abs() <= allowed + 1e-15).all()
+        # the same bits alone, and from the block's own queries only
+        alone = mean_queries(rows[1:], q_block=g, q_start=max(block * g, q_start))
+        assert torch.equal(alone, found[1:, i : i + 1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_one_head_scores_by_the_mean_query(dtype, backend):
+    gen = torch.Generator().manual_seed(8)
+    iq, ik = torch.randn(1, 31, 1, 16, generator=gen).to(dtype), torch.randn(1, 37, 16, generator=gen).to(dtype)
+    settings = {"budget": 15, "q_start": 6, "backend": backend}
+
+    support = index_topk(iq, ik, granularity=Granularity(q_block=8), **settings)
+
+    # a mean of equal queries is that query
+    means = mean_queries(iq, q_block=8, q_start=6).repeat_interleave(8, 1)[:, 6:37]
+    assert chosen(index_topk(means, ik, granularity=Granularity(q_block=8), **settings)) == chosen(support)
+    # and selects as a query alone: at the block's first position, with as many groups wanted
+    alone = index_topk(means, ik, granularity=Granularity(), **{**settings, "budget": 8})
+    assert [chosen(alone)[0][t - 6] for t in (8, 16, 24, 32)] == chosen(support)[0][1:]
+
+
+def test_the_mean_is_rounded_to_the_dtype_of_the_queries():
+    # the mean 128.25 has no place in bfloat16, where both groups score 128
+    iq = torch.tensor([[256.0, 1.0], [0.5, 1.0]])[None, :, None]
+    ik = torch.zeros(1, 9, 2)
+    ik[0, 0], ik[0, 1] = torch.tensor([0.5, 64.0]), torch.tensor([1.0, 0.0])
+
+    def best(dtype):
+        settings = {"budget": 3, "granularity": Granularity(q_block=2), "q_start": 8, "score_dtype": torch.float32}
+        return index_topk(iq.to(dtype), ik.to(dtype), **settings).groups.flatten().tolist()
+
+    assert best(torch.float32) == [1]
+    assert best(torch.bfloat16) == [0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("g", "reduce"), [(1, "mean"), (4, "mean"), (4, "max")])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_float8_is_read_exactly(heads, g, reduce, backend):
+    gen = torch.Generator().manual_seed(9)
+    iq, ik = (torch.randn(shape, generator=gen) for shape in ((2, 31, heads, 16), (2, 37, 16)))
+    iq[0, 0], ik[0, 0], ik[0, 1] = 2.0**-9, 448.0, -(2.0**-8)
+    iq, ik = iq.to(torch.float8_e4m3fn), ik.to(torch.float8_e4m3fn)
+    settings = {"budget": 12, "granularity": Granularity(q_block=g), "q_start": 6, "reduce": reduce}
+
+    support = index_topk(iq, ik, backend=backend, **settings)
+
+    assert chosen(support) == chosen(index_topk(iq.half(), ik.half(), **settings, backend="reference"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("budget", [14, "30%", "mass:0.6<=14"])
+@pytest.mark.parametrize(("g", "r", "size"), [(1, 1, 8), (4, 2, 5), (1, 4, 16)])
+def test_pages_equal_one_piece(g, r, size, budget, backend):
+    iq, ik = make(r=r, q_start=6)
+    settings = {"budget": budget, "granularity": Granularity(q_block=g, kv_block=r), "q_start": 6, "backend": backend}
+    pool, table = paged(ik, size)
+
+    support = index_topk(iq, pool, page_table=table, **settings)
+
+    whole = index_topk(iq, ik, **settings)
+    assert chosen(support) == chosen(whole)
+    assert torch.equal(support.groups, whole.groups)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -234,8 +341,13 @@ def test_misuse_is_named():
         index_topk(iq, ik, budget=7, granularity=Granularity(kv_block=4))
     with pytest.raises(ConfigError, match="one dtype"):
         index_topk(iq, ik.half(), **settings)
+    with pytest.raises(ConfigError, match=r"in 8 bits must be torch\.float8_e4m3fn, got torch\.float8_e5m2"):
+        index_topk(iq.to(torch.float8_e5m2), ik.to(torch.float8_e5m2), **settings)
     with pytest.raises(ConfigError, match="floating-point"):
         index_topk(iq, ik, score_dtype=torch.int32, **settings)
+    pool, table = paged(ik, 4)
+    with pytest.raises(ConfigError, match="may read 9 key groups, but ik holds 8"):
+        index_topk(iq, pool, page_table=table[:, :2], **settings)
     with pytest.raises(DataError, match="NaN"):
         index_topk(iq * float("nan"), ik, **settings)
     with pytest.raises(BackendUnavailableError, match="Unknown backend 'fast'"):

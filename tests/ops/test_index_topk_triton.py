@@ -55,6 +55,7 @@ CASES = [
     (17, 17, 1, 16, 1, "mean", 1, 0, 1, 18),
     (1, 1, 1, 16, 1, "mean", 1, 0, 1, 2),
     (9, 9, 1, 16, 4, "mean", 1, 6, 20, 40),
+    (600, 640, 1, 16, 512, "mean", 1, 0, 1, 1024),
 ]
 
 
@@ -157,7 +158,7 @@ def test_prompt_chunks_change_nothing(g, r, cuts):
         assert torch.equal(part.mask(31), whole.mask(31)[:, :, start:end])
 
 
-@pytest.mark.parametrize(("g", "heads"), [(1, 1), (8, 4)])
+@pytest.mark.parametrize(("g", "heads"), [(1, 1), (8, 4), (8, 1)])
 def test_workspace_changes_nothing(g, heads, monkeypatch):
     gen = torch.Generator().manual_seed(4)
     iq, ik = (torch.randn(shape, generator=gen).to(DEVICE).half() for shape in ((2, 12, heads, 16), (2, 90, 16)))
@@ -166,7 +167,7 @@ def test_workspace_changes_nothing(g, heads, monkeypatch):
     chunks = []
     score = index_kernels._score
     monkeypatch.setattr(index_kernels, "_score", lambda *a, **k: (chunks.append(a[3].shape), score(*a, **k)))
-    monkeypatch.setattr(index_kernels, "ROWS", 4 * g * heads)
+    monkeypatch.setattr(index_kernels, "ROWS", 4 * g * heads if heads > 1 else 4)
     monkeypatch.setattr(index_kernels, "WORKSPACE_BYTES", 3000 if g == 1 else 600)
 
     support = index_topk(iq, ik, **settings)
@@ -185,6 +186,64 @@ def test_strided_inputs():
     support = index_topk(iq.transpose(1, 2).contiguous().transpose(1, 2), wide[..., 32:64], **settings)
 
     assert_same(support, index_topk(iq, ik, **settings))
+
+
+@pytest.mark.parametrize(("g", "reduce"), [(1, "mean"), (8, "mean"), (8, "max")])
+@pytest.mark.parametrize(("heads", "dim"), [(1, 64), (4, 24)])
+def test_float8_equals_reference(heads, dim, g, reduce):
+    gen = torch.Generator().manual_seed(7)
+    iq, ik = (torch.randint(-2, 3, shape, generator=gen) for shape in ((1, 11, heads, dim), (1, 78, dim)))
+    iq[0, 3], ik[0, 5] = 240, -16
+    iq, ik = (x.to(DEVICE, torch.float8_e4m3fn) for x in (iq, ik))
+    settings = {"granularity": Granularity(q_block=g), "q_start": 67, "reduce": reduce}
+    support, expected = both(iq, ik, budget=24, **settings)
+
+    assert_same(support, expected)
+    assert_same(support, index_topk(iq.half(), ik.half(), budget=24, backend="triton", **settings))
+
+
+@pytest.mark.parametrize(
+    ("g", "r", "heads", "size", "dtype", "table_dtype"),
+    [
+        (1, 1, 1, 16, torch.float16, torch.int32),
+        (8, 1, 1, 24, torch.float8_e4m3fn, torch.int64),
+        (1, 4, 3, 5, torch.float8_e4m3fn, torch.int32),
+        (8, 1, 2, 1, torch.float16, torch.int64),
+    ],
+    ids=str,
+)
+def test_pages_equal_one_piece(g, r, heads, size, dtype, table_dtype, monkeypatch):
+    gen = torch.Generator().manual_seed(5)
+    iq, ik = (torch.randn(shape, generator=gen) for shape in ((2, 5, heads, 16), (2, 80 // r, 16)))
+    iq, ik = iq.to(DEVICE, dtype), ik.to(DEVICE, dtype)
+    pages = -(-ik.shape[1] // size)
+    # scattered, wider than the keys, with NaN where nothing may be read
+    table = torch.randperm(2 * pages + 2, generator=gen)[: 2 * pages].view(2, pages)
+    pool = torch.full((2 * pages + 2, size, 40), float("nan"), device=DEVICE).to(dtype)
+    rows = torch.arange(ik.shape[1])
+    pool[table[:, rows // size].to(DEVICE), (rows % size).to(DEVICE), 8:24] = ik
+    # the columns that no query needs yet lead nowhere
+    table = torch.cat([table, torch.full((2, 2), 2**30)], 1).to(DEVICE, table_dtype)
+    settings = {"budget": 30, "granularity": Granularity(q_block=g, kv_block=r), "q_start": 75, "backend": "triton"}
+    whole = index_topk(iq, ik, **settings)
+
+    assert_same(index_topk(iq, pool[..., 8:24], page_table=table, **settings), whole)
+    # one sequence at a time, and the table a view
+    monkeypatch.setattr(index_kernels, "WORKSPACE_BYTES", 300)
+    table = torch.stack([table, table * 0], -1)[..., 0]
+    assert_same(index_topk(iq, pool[..., 8:24], page_table=table, **settings), whole)
+
+
+def test_a_nan_query_spoils_its_block_alone():
+    iq, ik = make(q_len=16, kv_len=64)
+    settings = {"budget": 13, "granularity": Granularity(q_block=8), "q_start": 48, "backend": "triton"}
+    expected = index_topk(iq, ik, **settings).groups[0, 0]
+    iq[0, 11] = float("nan")
+
+    groups = index_topk(iq, ik, **settings).groups[0, 0]
+
+    assert torch.equal(groups[0], expected[0])
+    assert groups[1].tolist() == [0, 1, 2, 3, 4]
 
 
 ROWS = {
@@ -247,14 +306,17 @@ def test_why_not():
     iq, ik = make(q_len=8, kv_len=8)
     settings = {"granularity": Granularity(), "backend": "triton"}
 
-    with pytest.raises(BackendUnavailableError, match=r"got torch\.float32"):
+    with pytest.raises(BackendUnavailableError, match=r"float16 and bfloat16 and float8_e4m3fn, got torch\.float32"):
         index_topk(iq.float(), ik.float(), budget=4, **settings)
     with pytest.raises(BackendUnavailableError, match="not a mass budget"):
         index_topk(iq, ik, budget="mass:0.9<=4", **settings)
     with pytest.raises(BackendUnavailableError, match=r"not torch\.float64"):
         index_topk(iq, ik, budget=4, score_dtype=torch.float64, **settings)
     with pytest.raises(BackendUnavailableError, match="up to 256 query heads in a block, got 512"):
-        index_topk(iq, ik, budget=1024, granularity=Granularity(q_block=512), backend="triton")
+        index_topk(iq, ik, budget=1024, granularity=Granularity(q_block=512), reduce="max", backend="triton")
+    if not ON_GPU:
+        with pytest.raises(BackendUnavailableError, match="needs the page table beside the keys, got one on meta"):
+            index_topk(iq, ik, budget=4, page_table=torch.zeros(1, 1, device="meta").int(), **settings)
     with pytest.raises(BackendUnavailableError, match="up to 256, got 272"):
         index_topk(*make(q_len=8, kv_len=8, dim=272), budget=4, **settings)
 
@@ -266,5 +328,7 @@ def test_empty_calls():
         assert none.groups.shape == (1, 1, 0, 0)
         alone = index_topk(iq[:, :1], ik[:, :0], budget=4, granularity=Granularity(), backend=backend)
         assert alone.keys_read().tolist() == [[[1]]]
+        in_a_block = index_topk(iq[:, :0], ik, budget=8, granularity=Granularity(q_block=4), q_start=6, backend=backend)
+        assert in_a_block.groups.shape == (1, 1, 1, 0)
     no_batch = index_topk(iq[:0], ik[:0], budget=2, granularity=Granularity(), backend="triton")
     assert no_batch.counts.shape == (0, 1, 3)

@@ -185,6 +185,8 @@ def test_shapes_that_do_not_fit_are_refused():
         index_topk(iq, ik[..., :8], budget=4, granularity=Granularity())
     with pytest.raises(ConfigError, match=r"\(2, 16\) and \(1, 16\)"):
         index_topk(iq, ik[:1], budget=4, granularity=Granularity())
+    with pytest.raises(ConfigError, match=r"\(by the page table\).*\(2, 16\) and \(1, 16\)"):
+        index_topk(iq, ik, budget=4, granularity=Granularity(), page_table=torch.zeros(1, 9, device=DEVICE).int())
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -35,10 +35,13 @@ def write(key, value, key_cache, value_cache, slots, *rest):
 def flash(engine, monkeypatch):
     from vllm.v1.attention.backends import flash_attn
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.v1.attention.selector import _cached_get_attn_backend
 
     from topmass.integrations.vllm import versions
 
     versions.register()
+    # an engine of another test may have asked
+    _cached_get_attn_backend.cache_clear()
     kernel = (
         "_FA4_DENSE_ATTENTION_KERNEL"
         if hasattr(flash_attn, "_FA4_DENSE_ATTENTION_KERNEL")
@@ -54,6 +57,7 @@ def flash(engine, monkeypatch):
     monkeypatch.setattr(versions, "register", lambda: None)
     yield engine
     register_backend(AttentionBackendEnum.CUSTOM, before)
+    _cached_get_attn_backend.cache_clear()
 
 
 @pytest.fixture(scope="module")

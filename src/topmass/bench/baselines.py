@@ -1,8 +1,5 @@
 """Dense attention kernels that a sparse layer is timed against."""
 
-import functools
-import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,10 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["BASELINES", "Baseline", "baselines_for"]
+from topmass.ops.dense_prefill._flash3 import flash3, why_not_installed
 
-# FlashAttention-3 as vLLM builds it: the extension beside the package, or inside it
-_VLLM_FA3 = ("_vllm_fa3_C", "vllm.vllm_flash_attn._vllm_fa3_C")
+__all__ = ["BASELINES", "Baseline", "baselines_for"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,31 +53,12 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _fa3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if _found("flash_attn_interface"):
-        out = importlib.import_module("flash_attn_interface").flash_attn_func(q, k, v, causal=True)
-        return out[0] if isinstance(out, tuple) else out
-    importlib.import_module(next(filter(_found, _VLLM_FA3)))
-    n, scale = q.shape[1], q.shape[-1] ** -0.5
-    ends = torch.arange(q.shape[0] + 1, device=q.device, dtype=torch.int32) * n
-    flat = (x.flatten(0, 1) for x in (q, k, v))
-    out = torch.ops._vllm_fa3_C.fwd(
-        *flat, *[None] * 4, ends, ends, *[None] * 3, n, n, *[None] * 9, scale, True, -1, -1, 0.0, True, None, 1, None,
-        0, None, 1, 0, None,
-    )  # fmt: skip
-    return out[0].view(q.shape)
-
-
-@functools.cache
-def _found(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ImportError:  # a parent is missing, or broken
-        return False
+    return flash3(q, k, v, scale=q.shape[-1] ** -0.5)[0]
 
 
 def _why_not_fa3() -> str | None:
-    if not any(map(_found, ("flash_attn_interface", *_VLLM_FA3))):
-        return "not installed: needs flash_attn_interface (FlashAttention's hopper folder) or vLLM's _vllm_fa3_C."
+    if reason := why_not_installed():
+        return f"not installed: {reason}"
     return None if torch.cuda.get_device_capability()[0] == 9 else "needs a Hopper GPU."
 
 

@@ -1,7 +1,6 @@
 """Checks of a layer's results at the shape that is timed, on a few rows: at the budget, in the middle and at the end."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -13,8 +12,7 @@ from topmass.core.rule import SupportRule
 from topmass.core.support import Support
 from topmass.distill import indexer_kl
 from topmass.ops import pooled_mass, sparse_prefill
-from topmass.ops.index_topk.reference import index_logits, sum_heads
-from topmass.ops.topk_support import pool_scores
+from topmass.ops.index_topk.reference import index_logits, mean_queries, sum_heads
 from topmass.testing import assert_as_accurate_as
 
 __all__ = ["check_attention", "check_dense", "check_index", "check_kl", "check_oracle", "checked_spans"]
@@ -70,9 +68,8 @@ def check_index(inputs: Inputs, support: Support, rule: SupportRule) -> Metrics:
     """
 
     def scores(a: int, z: int) -> Float[Tensor, "1 1 q_blocks groups"]:
-        logits = sum_heads(index_logits(inputs.iq[:, a:z].double(), inputs.ik.double()))[:, None]
-        by_query = replace(rule, budget=None, granularity=replace(rule.granularity, kv_block=1))
-        return pool_scores(logits, rule=by_query, q_start=a)
+        rows = mean_queries(inputs.iq[:, a:z], q_block=rule.granularity.q_block, q_start=a)
+        return sum_heads(index_logits(rows.double(), inputs.ik.double()))[:, None]
 
     def tolerance(scores: Tensor, worst: Tensor) -> Tensor:
         return SCORE_ULPS * torch.finfo(torch.float16).eps * scores.abs().amax(-1)

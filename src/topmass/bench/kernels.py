@@ -1,7 +1,7 @@
 """One attention layer, dense and sparse, stage by stage: from q, k, v and the indexer's tensors to the output."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -118,7 +118,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Entry:
-    """One thing that is timed. `flop` are those that the result needs, not those spent."""
+    """One thing that is timed. `flop` and `bytes` are those that the result needs, not those spent."""
 
     run: Callable[[], object]
     role: str
@@ -147,15 +147,16 @@ def bench_kernels(
 ) -> list[dict[str, Any]]:
     """Time a layer at several lengths; return records of the kind `bench`.
 
-    Everything of one configuration is timed in the same interleaved rounds, after all of it has been checked.
+    Everything of one length, and every growth of it, is timed in the same interleaved rounds, after all of it has been
+    checked; the dense kernels' times are in the records of each growth.
 
     Args:
         setting: Shape, budget, granularity, device.
         lengths: Prompt lengths, tokens.
         what: `layer` is index, union, attend and all of it; `oracle` the exact selection by attention mass; `kl` the
             indexer's loss with its gradient.
-        growths: For `layer` with fewer than 32 queries sharing: the union growth U/K of the inputs, each timed apart.
-            None: one walk that drifts at a fixed rate.
+        growths: For `layer` with fewer than 32 queries sharing: the union growth U/K of the inputs, each on its own
+            inputs. None: one walk that drifts at a fixed rate.
         run: Keeps the records; what it has is not timed again.
         progress: Called with done, total and what is next.
 
@@ -166,21 +167,24 @@ def bench_kernels(
     """
     lengths, what, growths = list(dict.fromkeys(lengths)), list(dict.fromkeys(what)), list(dict.fromkeys(growths))
     _check(setting, lengths, what, growths)
-    cases: list[tuple[int, What, float | None]] = [
-        (n, w, u) for n in lengths for w in what for u in (growths if w == "layer" else ()) or (None,)
-    ]
+    cases: list[tuple[int, What]] = [(n, w) for n in lengths for w in what]
     rows: list[dict[str, Any]] = []
-    for i, (length, target, growth) in enumerate(cases):
+    for i, (length, target) in enumerate(cases):
         if progress is not None:
             progress(i, len(cases), f"{target} at {length}")
-        key = (setting.layer.name, length, target, setting.label(growth))
-        if run is not None and run.done(key):
+        asked: list[float | None] = [*growths] if target == "layer" and growths else [None]
+        wanted = [u for u in asked if not _done(run, setting, length, target, u)]
+        if not wanted:
             continue
-        found = _measure(setting, length, target, growth)
-        if run is not None:
-            run.append(found)
-        rows += found
+        for found in _measure(setting, length, target, wanted):
+            if run is not None:
+                run.append(found)
+            rows += found
     return rows
+
+
+def _done(run: Run | None, setting: Setting, length: int, what: What, growth: float | None) -> bool:
+    return run is not None and run.done((setting.layer.name, length, what, setting.label(growth)))
 
 
 def _check(setting: Setting, lengths: list[int], what: list[What], growths: list[float]) -> None:
@@ -198,31 +202,42 @@ def _check(setting: Setting, lengths: list[int], what: list[What], growths: list
         )
 
 
-def _measure(setting: Setting, length: int, what: What, growth: float | None) -> list[dict[str, Any]]:
-    inputs = _inputs(setting, length, growth)
-    dense, absent = _dense_entries(setting, inputs)
-    case = {"layer": _layer, "oracle": _oracle, "kl": _kl}[what](setting, inputs)
-    entries = _ceilings(setting) | dense | case.entries
-    checks = {name: _dense_check(entry, inputs, setting.rule, name) for name, entry in dense.items()} | case.checks
+def _measure(
+    setting: Setting, length: int, what: What, growths: Sequence[float | None]
+) -> Iterator[list[dict[str, Any]]]:
+    """Records of every growth; they differ in the indexer's queries alone."""
+    inputs = _inputs(setting, length)
+    dense, passed, absent = _dense_entries(setting, inputs)
+    cases = {u: _case(setting, _at_growth(setting, inputs, u), what) for u in growths}
+    entries = {("", name): entry for name, entry in (_ceilings(setting) | dense).items()}
+    entries |= {(setting.label(u), name): entry for u, case in cases.items() for name, entry in case.entries.items()}
+    checks = {(setting.label(u), name): check for u, case in cases.items() for name, check in case.checks.items()}
     timings = time_rounds(
         {name: entry.run for name, entry in entries.items()},
         gate=lambda: {name: check() for name, check in checks.items()},
         rounds=setting.rounds,
+        # the check ran them
+        warm={("", name) for name in dense},
         device=setting.device,
         flush_bytes=FLUSH_BYTES,
     )
-    record = _Recorder(setting, length, what, growth)
-    for name, entry in entries.items():
-        record.entry(name, entry, timings.milliseconds[name], timings.gate.get(name, {}))
-    for name, reason in absent.items():
-        record.absent(name, reason)
-    total = case.entries[what]
-    facts = (
-        case.facts if not setting.on_gpu else case.facts | {"peak_memory": (_peak(total.run, setting.device), "GiB")}
-    )
-    for metric, (value, unit) in facts.items():
-        record.add(what, total, metric, value, unit)
-    return record.rows
+    gate = timings.gate | {("", name): metrics for name, metrics in passed.items()}
+    for growth, case in cases.items():
+        record = _Recorder(setting, length, what, growth)
+        for (label, name), entry in entries.items():
+            if label in ("", setting.label(growth)):
+                record.entry(name, entry, timings.milliseconds[label, name], gate.get((label, name), {}))
+        for name, reason in absent.items():
+            record.absent(name, reason)
+        total = case.entries[what]
+        peak = {"peak_memory": (_peak(total.run, setting.device), "GiB")} if setting.on_gpu else {}
+        for metric, (value, unit) in (case.facts | peak).items():
+            record.add(what, total, metric, value, unit)
+        yield record.rows
+
+
+def _case(setting: Setting, inputs: Inputs, what: What) -> _Case:
+    return {"layer": _layer, "oracle": _oracle, "kl": _kl}[what](setting, inputs)
 
 
 @dataclass(slots=True)
@@ -283,8 +298,8 @@ class _Recorder:
 # -- inputs and what everything is compared with
 
 
-def _inputs(setting: Setting, length: int, growth: float | None) -> Inputs:
-    inputs = make_inputs(
+def _inputs(setting: Setting, length: int) -> Inputs:
+    return make_inputs(
         setting.layer,
         length,
         kv_block=setting.kv_block,
@@ -294,38 +309,38 @@ def _inputs(setting: Setting, length: int, growth: float | None) -> Inputs:
         dtype=setting.dtype,
         device=setting.device,
     )
+
+
+def _at_growth(setting: Setting, inputs: Inputs, growth: float | None) -> Inputs:
     if growth is None:
         return inputs
+    length = inputs.q.shape[1]
     walk = {"length": length, "seed": setting.seed + 1}
     keep = find_keep(inputs.ik, setting.rule, growth=growth, backend=setting.kernels, **walk)
     iq = drifting_queries(length, setting.dim, keep=keep, seed=walk["seed"], like=inputs.q)
     return replace(inputs, iq=iq)
 
 
-def _dense_entries(setting: Setting, inputs: Inputs) -> tuple[dict[str, _Entry], dict[str, str]]:
+def _dense_entries(
+    setting: Setting, inputs: Inputs
+) -> tuple[dict[str, _Entry], dict[str, gates.Metrics], dict[str, str]]:
+    """The dense kernels that run, what the check of each measured, and why the others do not run."""
     there, absent = baselines_for(setting.device)
     n, shape = inputs.q.shape[1], setting.layer
-    entries = {}
+    entries: dict[str, _Entry] = {}
+    passed: dict[str, gates.Metrics] = {}
     for b in there:
         run = functools.partial(b.run, inputs.q, inputs.k, inputs.v)
         try:
-            run()
+            out = run()
         except (ImportError, RuntimeError) as error:
             # a baseline that refuses the shape, or is built for another PyTorch, costs its row only
             absent[b.name] = f"failed: {' '.join(str(error).split())[:200]}"
             continue
+        passed[b.name] = gates.check_dense(inputs, out, setting.rule, b.name)
         flop = 2.0 * shape.q_heads * shape.head_dim * n * (n + 1)
         entries[b.name] = _Entry(run=run, role="dense", backend=b.name, flop=flop)
-    return entries, absent
-
-
-def _dense_check(entry: _Entry, inputs: Inputs, rule: SupportRule, name: str) -> Callable[[], gates.Metrics]:
-    def check() -> gates.Metrics:
-        out = entry.run()
-        assert isinstance(out, Tensor)
-        return gates.check_dense(inputs, out, rule, name)
-
-    return check
+    return entries, passed, absent
 
 
 def _ceilings(setting: Setting) -> dict[str, _Entry]:
@@ -355,9 +370,12 @@ def _layer(setting: Setting, inputs: Inputs) -> _Case:
     support = index()
     growth = union_growth(support, backend=kernels)
     index_flop, attend_flop = _index_flop(setting, inputs), _attend_flop(setting, support)
+    index_bytes, attend_bytes = _index_bytes(setting, inputs), _attend_bytes(inputs, support, growth or 1.0)
     entries = {
-        "index": _Entry(run=index, role="stage", backend=kernels, flop=index_flop),
-        "attend": _Entry(run=lambda: attend(support), role="stage", backend=kernels, flop=attend_flop),
+        "index": _Entry(run=index, role="stage", backend=kernels, flop=index_flop, bytes=index_bytes),
+        "attend": _Entry(
+            run=lambda: attend(support), role="stage", backend=kernels, flop=attend_flop, bytes=attend_bytes
+        ),
         "layer": _Entry(run=lambda: attend(index()), role="total", backend=kernels, flop=index_flop + attend_flop),
     }
     if setting.q_block < TILE:
@@ -391,14 +409,26 @@ def _unions(support: Support, backend: str) -> None:
 
 
 def _index_flop(setting: Setting, inputs: Inputs) -> float:
-    # every query against every group of its past
+    # every query block against every group of its past
     n = inputs.q.shape[1]
-    return setting.dim * n * (n + 1) / setting.kv_block
+    return setting.dim * n * (n + 1) / (setting.kv_block * setting.q_block)
 
 
 def _attend_flop(setting: Setting, support: Support) -> float:
     shape = setting.layer
     return 4.0 * shape.q_heads * shape.head_dim * support.keys_read().double().sum().item()
+
+
+def _index_bytes(setting: Setting, inputs: Inputs) -> float:
+    # a float16 score of every query block and group of its past, written and read once
+    n = inputs.q.shape[1]
+    return 2.0 * n * (n + 1) / (setting.kv_block * setting.q_block)
+
+
+def _attend_bytes(inputs: Inputs, support: Support, growth: float) -> float:
+    # keys and values of the union once a tile; queries and outputs once
+    rows = 2.0 * inputs.k[0, 0].numel() * support.keys_read().double().sum().item() * growth / TILE
+    return (rows + 2.0 * inputs.q.numel()) * inputs.k.element_size()
 
 
 # -- the oracle

@@ -1,7 +1,7 @@
 """Several callables timed beside each other, round by round, once a check has passed."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -15,11 +15,12 @@ __all__ = ["FLUSH_BYTES", "Timings", "rotation", "time_rounds"]
 # more than the last-level cache of any GPU
 FLUSH_BYTES = 256 * 2**20
 
+Name = TypeVar("Name", bound=Hashable)
 Report = TypeVar("Report")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Timings(Generic[Report]):
+class Timings(Generic[Name, Report]):
     """Milliseconds of every name, one a round, and what the check returned.
 
     Example:
@@ -28,28 +29,29 @@ class Timings(Generic[Report]):
         (2.0, 2.0)
     """
 
-    milliseconds: dict[str, list[float]]
+    milliseconds: dict[Name, list[float]]
     gate: Report
 
-    def spread(self, name: str) -> Spread:
+    def spread(self, name: Name) -> Spread:
         """Median, p10 and p90 over the rounds, ms."""
         return spread(self.milliseconds[name])
 
-    def ratio(self, name: str, over: str) -> Spread:
+    def ratio(self, name: Name, over: Name) -> Spread:
         """Time of `name` over that of `over` in the same round: what drifts between rounds cancels."""
         pairs = zip(self.milliseconds[name], self.milliseconds[over], strict=True)
         return spread([a / b for a, b in pairs])
 
 
 def time_rounds(
-    fns: Mapping[str, Callable[[], object]],
+    fns: Mapping[Name, Callable[[], object]],
     *,
     gate: Callable[[], Report],
     rounds: int = 7,
     warmup: int = 1,
+    warm: Collection[Name] = (),
     device: torch.device | str = "cuda",
     flush_bytes: int = FLUSH_BYTES,
-) -> Timings[Report]:
+) -> Timings[Name, Report]:
     """Time callables in interleaved rounds.
 
     Every round runs each callable once. The order rotates from round to round, and runs backwards in every other one, so
@@ -61,6 +63,7 @@ def time_rounds(
         gate: Runs first; raises if a result is wrong. Without a check there is no timing.
         rounds: Times that each callable is timed.
         warmup: Untimed calls of each beforehand, for compilation and autotuning.
+        warm: Names that were run before and need no warm-up.
         device: Where the callables run.
         flush_bytes: Bytes written before each timed call so that no input is in the cache; 0 leaves it warm. CUDA only.
 
@@ -73,18 +76,18 @@ def time_rounds(
             f"Timing needs callables and at least 1 round, got {len(fns)} and {rounds} (warmup {warmup})."
         )
     report = gate()
-    for fn in fns.values():
-        for _ in range(warmup):
+    for name, fn in fns.items():
+        for _ in range(0 if name in warm else warmup):
             fn()
     clock = _clock(torch.device(device), flush_bytes)
-    found: dict[str, list[float]] = {name: [] for name in fns}
+    found: dict[Name, list[float]] = {name: [] for name in fns}
     for i in range(rounds):
         for name in rotation(list(fns), i):
             found[name].append(clock(fns[name]))
     return Timings(milliseconds=found, gate=report)
 
 
-def rotation(names: list[str], i: int) -> list[str]:
+def rotation(names: list[Name], i: int) -> list[Name]:
     """Order of round `i`: turned by one every round, and backwards in every other one.
 
     Example:

@@ -110,6 +110,7 @@ def bench_ttft(
     batches: Iterable[int] = (1,),
     prompts: Prompts,
     indexers: Sequence[Indexer] = (),
+    more: Sequence[Selector] = (),
     run: Run | None = None,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
@@ -124,6 +125,7 @@ def bench_ttft(
         batches: Prompts computed together.
         prompts: Gives ids for a batch and a length, on the model's device.
         indexers: Trained ones; none means an untrained one for each of `kv_blocks`.
+        more: Selectors to time beside those of `setting`.
         run: Keeps the records; what it has is not timed again.
         progress: Called with done, total and what is next.
 
@@ -136,7 +138,7 @@ def bench_ttft(
     if not cases or min(map(min, cases)) < 1:
         raise ConfigError(f"Lengths and batches must be at least 1, got {cases}.")
     _check_positions(model, max(n for n, _ in cases) + setting.new_tokens)
-    modes, absent = make_modes(model, setting, indexers)
+    modes, absent = make_modes(model, setting, indexers, more)
     rows: list[dict[str, Any]] = []
     with torch.inference_mode(), fast_linear_attention(model):
         gate = prompts(1, min(GATE, min(n for n, _ in cases)))
@@ -174,7 +176,7 @@ def describe_linear(model: Any) -> str:
 
 
 def make_modes(
-    model: nn.Module, setting: Setting, indexers: Sequence[Indexer] = ()
+    model: nn.Module, setting: Setting, indexers: Sequence[Indexer] = (), more: Sequence[Selector] = ()
 ) -> tuple[dict[str, Mode], dict[str, tuple[Mode | Infeasible, str]]]:
     """Ways to attend by name, and those that cannot be with the reason.
 
@@ -191,7 +193,7 @@ def make_modes(
         )
     modes = {name: dense_mode(name) for name in (STOCK, *wanted) if name not in reasons}
     absent: dict[str, tuple[Mode | Infeasible, str]] = {n: (dense_mode(n), reasons[n]) for n in wanted if n in reasons}
-    for selector in _selectors(model, setting, indexers):
+    for selector in (*_selectors(model, setting, indexers), *more):
         name = _name(selector, indexers)
         if isinstance(selector, Infeasible):
             absent[name] = selector, f"infeasible: {selector.reason}"
@@ -434,7 +436,10 @@ def _layer_clock(model: nn.Module) -> Iterator[Callable[[], float]]:
 
 def _snapshot(handle: Handle) -> Sequence[LayerReceipt]:
     # decoding counts on
-    return [replace(x, backends=dict(x.backends), dense_queries=dict(x.dense_queries)) for x in handle.layers()]
+    return [
+        replace(x, backends=dict(x.backends), selection=dict(x.selection), dense_queries=dict(x.dense_queries))
+        for x in handle.layers()
+    ]
 
 
 def _sizes(cache: Any) -> dict[str, float]:
@@ -506,6 +511,7 @@ def _ran(mode: Mode, layers: Sequence[LayerReceipt]) -> dict[str, str]:
             "layer": x.layer,
             "mode": x.mode,
             "backend": x.backend,
+            "selected_by": x.selected_by,
             "keys_read_mean": round(x.keys_read_mean, 1),
             "reason": x.reason,
         }

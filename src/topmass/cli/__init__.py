@@ -32,6 +32,7 @@ app.command("topmass.cli.distill:distill", name="distill", help="Train an indexe
 bench = App(name="bench", help="Time kernels beside dense attention, after checking that they are right.")
 bench.command("topmass.cli.bench:kernels", name="kernels", help="Time one layer: dense kernels, and ours by stage.")
 bench.command("topmass.cli.bench:ttft", name="ttft", help="Time the first token: dense, sparse, and the floor.")
+bench.command("topmass.cli.bench_serve:serve", name="serve", help="Ask vLLM: dense, sparse, and the floor.")
 app.command(bench)
 app.command("topmass.cli.frontier:frontier", name="frontier", help="Join scores and times; recommend a configuration.")
 app.command("topmass.cli.report:report", name="report", help="Render runs as Markdown and self-contained HTML.")

@@ -4,17 +4,55 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from cyclopts import Parameter
 
 from topmass.cli._progress import Callback, progress
 from topmass.results import Run, load_run, make_manifest, same_run
 
-__all__ = ["DType", "emit", "load", "print_table", "run_name", "say", "write_run"]
+__all__ = [
+    "MODEL_OPTIONS",
+    "DType",
+    "ModelOptions",
+    "check_backend",
+    "emit",
+    "load",
+    "print_table",
+    "run_name",
+    "say",
+    "write_run",
+]
 
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 LOG_WIDTH = 160
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """What the commands that load a model have in common.
+
+    Attributes:
+        dtype: Type of the model's weights.
+        device: `cpu`, `cuda`, `mps`; `auto` takes the fastest.
+        overwrite: Replace a complete run.
+        json: Print what was found as JSON.
+        config: Recipe (TOML) with a table that has the name of the command.
+    """
+
+    dtype: DType = "auto"
+    device: str = "auto"
+    overwrite: bool = False
+    json: bool = False
+    config: Path | None = None
+
+
+MODEL_OPTIONS = ModelOptions()
 
 
 def say(text: str) -> None:
@@ -56,6 +94,19 @@ def run_name(kind: str, model: str) -> Path:
     return Path("runs") / f"{kind}-{name.replace('/', '-')}"
 
 
+def check_backend(name: str) -> None:
+    """Refuse a kernel backend that no sparse attention has, before anything is loaded.
+
+    Raises:
+        BackendUnavailableError: Names those that there are.
+    """
+    from topmass.ops import _dispatch, sparse_prefill
+
+    assert sparse_prefill  # its import registers the backends
+    if name != "auto":
+        _dispatch.known("sparse_prefill", name)
+
+
 def load(model: str, dtype: DType, device: str) -> tuple[Any, Any, dict[str, Any]]:
     """Load a model and its tokenizer; also what a manifest says of them."""
     from transformers.utils import logging
@@ -66,7 +117,11 @@ def load(model: str, dtype: DType, device: str) -> tuple[Any, Any, dict[str, Any
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     say(f"loading {model}")
-    loaded, tokenizer = load_model(model, dtype=None if dtype == "auto" else dtype, device=device)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        loaded, tokenizer = load_model(model, dtype=None if dtype == "auto" else dtype, device=device)
+    for line in dict.fromkeys(" ".join(str(w.message).split()) for w in told):
+        say(f"warning: {line}")
     facts = {"model": model, "weights_hash": weights_hash(loaded), "device": describe_device(loaded)}
     return loaded, tokenizer, facts
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cyclopts import Parameter
 
-from topmass.cli._common import DType, emit, load, run_name, say, write_run
+from topmass.cli._common import MODEL_OPTIONS, ModelOptions, emit, load, run_name, say, write_run
 from topmass.errors import ConfigError, DataError
 from topmass.results import check_free
 
@@ -60,14 +60,10 @@ def audit(
     /,
     settings: AuditConfig = DEFAULTS,
     *,
+    options: ModelOptions = MODEL_OPTIONS,
     out: Path | None = None,
     plan: Path | None = None,
     mass: float = 0.95,
-    dtype: DType = "auto",
-    device: str = "auto",
-    overwrite: bool = False,
-    json: bool = False,
-    config: Path | None = None,
 ) -> None:
     """Measure what an oracle's support keeps, layer by layer, and what it costs.
 
@@ -76,15 +72,10 @@ def audit(
         out: Run directory; default `runs/audit-MODEL`.
         plan: Also write the budget of every layer to this file (TOML).
         mass: Attention mass that the plan retains: 0.9, 0.95 or 0.99.
-        dtype: Type of the weights.
-        device: `cpu`, `cuda`, `mps`; `auto` takes the fastest.
-        overwrite: Replace a complete run.
-        json: Print the plan as JSON.
-        config: Recipe (TOML) with a table `[audit]`.
     """
     out = out or run_name("audit", model)
-    check_free(out, overwrite=overwrite)
-    result = run_audit(*load(model, dtype, device), settings, out=out, overwrite=overwrite)
+    check_free(out, overwrite=options.overwrite)
+    result = run_audit(*load(model, options.dtype, options.device), settings, out=out, overwrite=options.overwrite)
     budgets = result.plan(mass=mass)
     if plan is not None:
         budgets.save(plan)
@@ -92,7 +83,7 @@ def audit(
     found = {str(layer): str(budget) for layer, budget in budgets.layers.items()}
     say(f"keys per query that retain {mass:.0%} of the mass: " + ", ".join(f"layer {k} {v}" for k, v in found.items()))
     say(f"next: topmass report {out}")
-    if json:
+    if options.json:
         emit({"run": str(out), "mass": mass, "plan": found})
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from topmass.cli._common import DType, emit, load, print_table, say
+from topmass.cli._common import MODEL_OPTIONS, ModelOptions, emit, load, print_table, say
 from topmass.cli._progress import progress
 from topmass.results import check_free
 
@@ -22,6 +22,7 @@ def distill(
     model: str,
     /,
     *,
+    options: ModelOptions = MODEL_OPTIONS,
     out: Annotated[Path, Parameter(alias="-o")],
     data: tuple[str, ...] = ("tasks",),
     text_field: str = "text",
@@ -47,11 +48,6 @@ def distill(
     checkpoint_minutes: float | None = None,
     workers: int | None = None,
     seed: int | None = None,
-    dtype: DType = "auto",
-    device: str = "auto",
-    overwrite: bool = False,
-    json: bool = False,
-    config: Path | None = None,
 ) -> None:
     """Train an indexer that predicts which keys the model's attention needs; the model itself stays as it is.
 
@@ -86,11 +82,6 @@ def distill(
         checkpoint_minutes: Minutes between checkpoints.
         workers: Processes that prepare sequences.
         seed: Seed of weights, data and rows.
-        dtype: Type of the model's weights.
-        device: `cpu`, `cuda`, `mps`; `auto` takes the fastest.
-        overwrite: Replace a complete run.
-        json: Print what was measured as JSON.
-        config: Recipe (TOML) with a table `[distill]`.
     """
     given: dict[str, Any] = {
         name: value
@@ -112,10 +103,11 @@ def distill(
     if settings.length is not None:
         settings.resolve(positions=None, gpu=False)
     check_data(data)
-    check_free(out, overwrite=overwrite)
+    check_free(out, overwrite=options.overwrite)
+    device = options.device
     if device == "auto" and "LOCAL_RANK" in os.environ:
         device = _own_device(int(os.environ["LOCAL_RANK"]))
-    loaded, tokenizer, facts = load(model, dtype, device)
+    loaded, tokenizer, facts = load(model, options.dtype, device)
     with progress("distill") as report:
         indexer = train(
             loaded,
@@ -123,15 +115,16 @@ def distill(
             "tasks" if data == ("tasks",) else data,
             settings,
             out=out,
-            overwrite=overwrite,
+            overwrite=options.overwrite,
             text_field=text_field,
             facts=facts,
             progress=report,
+            say=say,
         )
     if int(os.environ.get("RANK", "0")):
         return
     _tell(indexer, model, out)
-    if json:
+    if options.json:
         info = indexer.info
         emit({"indexer": str(out), "held_out": info.held_out, "recall": info.recall,
               "retained_mass": info.retained_mass, "recommended_budget": info.recommended_budget,

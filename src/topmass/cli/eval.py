@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cyclopts import Parameter
 
-from topmass.cli._common import DType, emit, load, print_table, run_name, say, write_run
+from topmass.cli._common import (
+    MODEL_OPTIONS,
+    ModelOptions,
+    check_backend,
+    emit,
+    load,
+    print_table,
+    run_name,
+    say,
+    write_run,
+)
 from topmass.errors import ConfigError
 from topmass.results import check_free
 
@@ -37,6 +47,9 @@ class EvalConfig:
         pool: Score of a group from its tokens.
         sink: Keys always kept at the start.
         window: Keys always kept up to and including the query's own.
+        dense_below: Queries that see at most this many keys read them all; `auto` takes the crossover that the indexer holds
+            for this machine's device.
+        backend: Kernel backend of attention and selection; a name never falls back.
         baselines: Selectors that run beside the oracle at the same budgets in tokens.
         indexer: Directory of an indexer, or `reference`; runs at every budget per query and at `q_blocks`, with an untrained
             one beside it, and the report splits what is lost into gaps.
@@ -58,6 +71,8 @@ class EvalConfig:
     pool: Literal["sum", "max"] = "sum"
     sink: int = 0
     window: int = 1
+    dense_below: int | Literal["auto"] = 0
+    backend: str = "auto"
     baselines: tuple[Baseline, ...] = ()
     indexer: str | None = None
     decode: Literal["dense", "sparse"] = "dense"
@@ -79,28 +94,20 @@ def evaluate(
     /,
     settings: EvalConfig = DEFAULTS,
     *,
+    options: ModelOptions = MODEL_OPTIONS,
     out: Path | None = None,
-    dtype: DType = "auto",
-    device: str = "auto",
-    overwrite: bool = False,
-    json: bool = False,
-    config: Path | None = None,
 ) -> None:
     """Score selectors on long-context tasks, on the same samples as dense attention.
 
     Args:
         model: `reference`, a directory, or a hub id.
         out: Run directory; default `runs/eval-MODEL`.
-        dtype: Type of the weights.
-        device: `cpu`, `cuda`, `mps`; `auto` takes the fastest.
-        overwrite: Replace a complete run.
-        json: Print scores and paired differences as JSON.
-        config: Recipe (TOML) with a table `[eval]`.
     """
     selectors(settings)  # complain before loading
+    check_backend(settings.backend)
     out = out or run_name("eval", model)
-    check_free(out, overwrite=overwrite)
-    table = run_eval(*load(model, dtype, device), settings, out=out, overwrite=overwrite)
+    check_free(out, overwrite=options.overwrite)
+    table = run_eval(*load(model, options.dtype, options.device), settings, out=out, overwrite=options.overwrite)
     rows = summary(table)
     header = ["length", "configuration", "achieved keys", "score (%)", "dense minus this (points)"]
     print_table("mean over tasks, 95 % intervals", header, [list(map(str, row.values())) for row in map(_shown, rows)])
@@ -109,7 +116,7 @@ def evaluate(
         header = ["length", "budget", "queries sharing", "gap", "points lost", "remark"]
         print_table("where quality is lost, 95 % intervals", header, [list(_shown_gap(g).values()) for g in gaps])
     say(f"next: topmass report {out}")
-    if json:
+    if options.json:
         emit({"run": str(out), "cells": rows, "gaps": gaps})
 
 
@@ -129,6 +136,8 @@ def run_eval(
     from topmass.results import load_run
 
     _check_indexer(settings.indexer, model)
+    if settings.dense_below and "streaming" in settings.baselines:
+        say("warning: --dense-below has no effect on the streaming baseline")
     path = write_run(
         "eval",
         out,
@@ -148,6 +157,7 @@ def run_eval(
             questions=settings.questions,
             selectors=selectors(settings),
             decode=settings.decode,
+            backend=settings.backend,
             haystack=settings.haystack,
             batch_tokens=settings.batch_tokens,
             run=run,
@@ -170,24 +180,32 @@ def selectors(settings: EvalConfig) -> dict[str, Any]:
     from topmass.eval.settings import Infeasible, indexer_grid, label, oracle_grid
 
     budgets = [str(topmass.Budget.parse(b)) for b in settings.budgets]
+    forced = {"sink": settings.sink, "window": settings.window, "dense_below": _dense_below(settings)}
     pairs = [(settings.q_blocks, settings.kv_blocks)]
     if settings.grid == "axes":
         pairs = [(settings.q_blocks, (1,)), ((1,), settings.kv_blocks)]
     found: dict[str, Any] = {}
     for q_blocks, kv_blocks in pairs:
-        fixed = {"share": settings.share, "pool": settings.pool, "sink": settings.sink, "window": settings.window}
-        found |= oracle_grid(budgets, q_blocks, kv_blocks, **fixed)
+        found |= oracle_grid(budgets, q_blocks, kv_blocks, share=settings.share, pool=settings.pool, **forced)
     oracles = [s for name, s in found.items() if name != "dense"]
     if oracles and all(isinstance(s, Infeasible) for s in oracles):
         raise ConfigError(oracles[0].reason)
     if settings.indexer is not None:
-        found |= indexer_grid(
-            _indexer(settings.indexer), budgets, settings.q_blocks, sink=settings.sink, window=settings.window
-        )
+        found |= indexer_grid(_indexer(settings.indexer), budgets, settings.q_blocks, **forced)
     for kind in settings.baselines:
-        made = [_baseline(kind, int(b), settings.seed) for b in budgets if b.isdigit()]
+        made = [_baseline(kind, int(b), settings.seed, forced["dense_below"]) for b in budgets if b.isdigit()]
         found |= {label(s): s for s in made}
     return found
+
+
+def _dense_below(settings: EvalConfig) -> int:
+    from topmass.selection.crossover import crossover_here
+
+    if settings.dense_below != "auto":
+        return settings.dense_below
+    if settings.indexer is None:
+        raise ConfigError("--dense-below auto takes the crossover that an indexer holds: give --indexer, or a number.")
+    return crossover_here(_indexer(settings.indexer).info.crossover)
 
 
 def _indexer(name: str) -> Any:
@@ -210,7 +228,7 @@ def _digest(name: str | None) -> str | None:
     return None if name is None else _indexer(name).digest
 
 
-def _baseline(kind: Baseline, budget: int, seed: int) -> Any:
+def _baseline(kind: Baseline, budget: int, seed: int, dense_below: int) -> Any:
     import topmass
     from topmass.eval.settings import Infeasible
 
@@ -219,8 +237,9 @@ def _baseline(kind: Baseline, budget: int, seed: int) -> Any:
             sink = min(4, budget // 2)
             return topmass.StreamingSelector(sink=sink, window=budget - sink)
         if kind == "random":
-            return topmass.RandomSelector(budget=budget, seed=seed)
-        return {"pooled": topmass.PooledSelector, "previous_layer": topmass.PreviousLayerSelector}[kind](budget=budget)
+            return topmass.RandomSelector(budget=budget, seed=seed, dense_below=dense_below)
+        made = {"pooled": topmass.PooledSelector, "previous_layer": topmass.PreviousLayerSelector}[kind]
+        return made(budget=budget, dense_below=dense_below)
     except ConfigError as error:
         kv_block = 16 if kind == "pooled" else 1
         return Infeasible(settings={"selector": kind, "budget": str(budget), "kv_block": kv_block}, reason=str(error))

@@ -1,11 +1,12 @@
 """The unit in which keys are selected."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from topmass.errors import ConfigError
 
-__all__ = ["Granularity", "Share"]
+__all__ = ["Granularity", "Share", "split_queries"]
 
 Share = Literal["layer", "kv_head", "q_head"]
 
@@ -45,3 +46,26 @@ class Granularity:
     def share_heads(self, q_heads: int, kv_heads: int) -> int:
         """Number of independent selections per query for a layer of `q_heads` and `kv_heads`."""
         return {"layer": 1, "kv_head": kv_heads, "q_head": q_heads}[self.share]
+
+
+def split_queries(q_start: int, q_len: int, step: int) -> Iterator[tuple[int, int]]:
+    """Cut the queries `q_start ... q_start + q_len - 1` at the multiples of `step`; yields offsets from `q_start`.
+
+    The cuts are absolute positions: if `step` is a multiple of `q_block`, no query block is cut, whatever part of the
+    prompt is at hand.
+
+    Args:
+        step: Queries at most in a part.
+
+    Yields:
+        First offset and the one past the last; without queries one empty part.
+
+    Example:
+        >>> list(split_queries(5, 10, 8))
+        [(0, 3), (3, 10)]
+    """
+    lo = 0
+    while lo < q_len or not lo:
+        hi = min((q_start + lo) // step * step + step - q_start, q_len)
+        yield lo, hi
+        lo = max(hi, 1)

@@ -112,6 +112,32 @@ class SupportRule:
             return torch.full_like(t0, self.dense_below)
         return self.budget_tokens(t0).clamp_min(self.dense_below)
 
+    def reads_all(self, q_start: int, q_len: int) -> bool:
+        """Whether each of the queries `q_start ... q_start + q_len - 1` reads every key that it sees."""
+        g, last = self.granularity.q_block, q_start + q_len - 1
+        # a budget never grows faster than the keys: the end of the last whole block, or of what follows it, is the first short
+        ends = {last, last // g * g - 1}
+        return all(t + 1 <= self._dense_len_at(t // g * g) for t in ends if t >= q_start)
+
+    def sparse_queries(self, q_start: int, q_len: int) -> int:
+        """How many of the queries `q_start ... q_start + q_len - 1` read a support."""
+        if self.budget is None or self.budget.share is None:
+            return min(max(q_start + q_len - self._dense_len_at(0), 0), q_len)
+        g = self.granularity.q_block
+        t = torch.arange(q_start, q_start + q_len)
+        return int((t + 1 > self.dense_len(t // g * g)).sum())
+
+    def _dense_len_at(self, t0: int) -> int:
+        # `dense_len` of one block, without tensors: it is asked in every call of every layer
+        if self.budget is None or self.budget.mass is not None:
+            return self.dense_below
+        if self.budget.share is None:
+            assert self.budget.tokens is not None
+            return max(self.budget.tokens, self.dense_below)
+        share: Fraction = self.budget.share
+        visible = (t0 + self.granularity.q_block) * share.numerator
+        return max(-(-visible // share.denominator), self.smallest_budget, self.dense_below)
+
     def candidate_range(self, t0: Int[Tensor, " q_blocks"]) -> tuple[int, Int[Tensor, " q_blocks"]]:
         """Ids of the candidate groups of each block, as `first` (common) and `stop` (exclusive)."""
         r = self.granularity.kv_block

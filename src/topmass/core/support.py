@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Int, Int32
 from torch import Tensor
 
@@ -89,8 +90,14 @@ class Support:
                     f"consecutive and multiples of q_block={first.granularity.q_block}."
                 )
             end = part.q_start + part.q_len
+        if len(parts) == 1:
+            return first
         slots = max(part.groups.shape[-1] for part in parts)
-        padded = [torch.nn.functional.pad(p.groups, (0, slots - p.groups.shape[-1]), value=-1) for p in parts]
+        # even a pad of nothing is a copy
+        padded = [
+            p.groups if (room := slots - p.groups.shape[-1]) == 0 else F.pad(p.groups, (0, room), value=-1)
+            for p in parts
+        ]
         return replace(
             first,
             groups=torch.cat(padded, 2),

@@ -11,6 +11,7 @@ Both follow the order in which the served selection ranks. The gradient is accum
 chunk by row chunk: nothing is N x N, and autograd sees two inputs and one number.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -176,30 +177,46 @@ class _Problem:
             return self.rule.candidate_range(t0)
         return 0, (t0 + 1) // self.rule.granularity.kv_block
 
-    def positions(self, rows: Int[Tensor, " some"]) -> tuple[Int[Tensor, " queries"], Bool[Tensor, "some q_block"]]:
-        """Positions of the existing queries of these rows, ascending, and where they lie in their blocks."""
-        t = self.block_starts(rows)[:, None] + torch.arange(self.rule.granularity.q_block)
+    def chunks(self) -> Iterator["_Chunk"]:
+        """The rows, some at a time; what the device has to know of them goes there once, and is cut up there."""
+        device, g = self.q.device, self.rule.granularity.q_block
+        t = self.block_starts(self.rows)[:, None] + torch.arange(g)
         exists = (t >= self.q_start) & (t < self.q_start + self.q.shape[1])
-        return t[exists], exists
+        t, ends = t[exists], exists.sum(1).cumsum(0)
+        first, stop = self.visible(self.rows)
+        t_there, exists_there, stop_there = (x.to(device, non_blocking=True) for x in (t, exists, stop))
+        for lo in range(0, len(self.rows), self.blocks_per_chunk):
+            rows = slice(lo, lo + self.blocks_per_chunk)
+            here = slice(int(ends[lo - 1]) if lo else 0, int(ends[rows][-1]))
+            whole = bool(exists[rows].all())
+            last = int(stop[rows].max())
+            yield _Chunk(
+                positions=t_there[here],
+                last=int(t[here][-1]),
+                exists=exists_there[rows],
+                present=None if whole else exists[rows].flatten().nonzero()[:, 0].to(device, non_blocking=True),
+                first=first,
+                stop=stop_there[rows],
+                # without a candidate in the chunk, `stop` is the sink's end, which may lie past the keys
+                groups=last if last > first else 0,
+            )
 
-    def mass(
-        self, t: Int[Tensor, " queries"]
-    ) -> tuple[Float[Tensor, "batch queries columns"], Float[Tensor, "batch queries"]]:
-        """Attention mass of queries at ascending positions, and what each row, with the learned sinks, sums to.
+    def mass(self, chunk: "_Chunk") -> tuple[Float[Tensor, "batch queries columns"], Float[Tensor, "batch queries"]]:
+        """Attention mass of a chunk's queries, and what each row, with the learned sinks, sums to.
 
         Columns are key groups at `q_block=1`; otherwise keys, since a block's queries are averaged before they are pooled.
         """
         by_query = self.rule.granularity.q_block == 1
-        where = t.to(self.q.device)
-        lse = self.lse[:, where - self.q_start]
+        query = chunk.positions - self.q_start
+        lse = self.lse[:, query]
         mass, total = pooled_mass(
-            self.q[:, where - self.q_start],
-            self.k[:, : int(t[-1]) + 1],
+            self.q[:, query],
+            self.k[:, : chunk.last + 1],
             lse,
             scale=self.scale,
             granularity=self.rule.granularity if by_query else Granularity(),
             pool=self.pool,
-            positions=where,
+            positions=chunk.positions,
             softcap=self.softcap,
             sinks=self.sinks,
         )
@@ -207,6 +224,29 @@ class _Problem:
         if self.sinks is not None:
             total = total + (self.sinks.to(total.dtype) - lse.to(total.dtype)).exp().mean(-1)
         return mass, total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Chunk:
+    """Some rows and their existing queries; tensors are on the device, and nothing of them is ever read back.
+
+    Attributes:
+        positions: Positions of the existing queries, ascending.
+        last: The last of them.
+        exists: Which queries of each block exist.
+        present: Where those are among all of these blocks' queries; `None` if all exist.
+        first: First group that a row may score.
+        stop: One past the last, per row.
+        groups: Groups that are scored, from 0 on.
+    """
+
+    positions: Int[Tensor, " queries"]
+    last: int
+    exists: Bool[Tensor, "rows q_block"]
+    present: Int[Tensor, " queries"] | None
+    first: int
+    stop: Int[Tensor, " rows"]
+    groups: int
 
 
 class _IndexerKL(torch.autograd.Function):
@@ -238,27 +278,25 @@ def _mean_kl(iq: Tensor, ik: Tensor, problem: _Problem) -> tuple[Tensor, Tensor,
     grad_ik = torch.zeros_like(ik, dtype=wide)
     losses, totals = [], []
     count = iq.shape[0] * len(problem.rows)
-    for rows in problem.rows.split(problem.blocks_per_chunk):
-        first, stop = problem.visible(rows)
-        # without a candidate in the chunk, `stop` is the sink's end, which may lie past the keys
-        n = int(stop.max()) if int(stop.max()) > first else 0
-        t, exists = problem.positions(rows)
-        mass, total = problem.mass(t)
+    for chunk in problem.chunks():
+        n = chunk.groups
+        mass, total = problem.mass(chunk)
         totals.append(total)
-        exists = exists.to(iq.device)
-        query = (t - problem.q_start).to(iq.device)
+        query = chunk.positions - problem.q_start
         x, y = iq[:, query], ik[:, :n]
         if iq.dtype != ik.dtype or wide != torch.float32:
             x, y = x.to(wide), y.to(wide)
         logits = index_logits(x, y)
-        by_query = _blocks(sum_heads(logits), exists)
-        scores = _reduce(by_query, exists, problem.reduce)
-        pooled = _pooled(mass.to(wide), exists, n, problem)
+        by_query = _blocks(sum_heads(logits), chunk)
+        scores = _reduce(by_query, chunk.exists, problem.reduce)
+        pooled = _pooled(mass.to(wide), chunk, problem)
         # [batch, rows, groups]: the closed form, 0 where a row has no target
-        loss, slope = kl_rows(pooled, scores, first=first, stop=stop, wants_slope=problem.wants_gradient)
+        loss, slope = kl_rows(
+            pooled, scores, first=chunk.first, stop=chunk.stop, wants_slope=problem.wants_gradient
+        )  # fmt: skip
         losses.append(loss)
         if slope is not None:
-            by_query = _spread(slope, by_query, scores, exists, problem.reduce)
+            by_query = _spread(slope, by_query, scores, chunk, problem.reduce)
             d_x, d_y = _backward(by_query, logits, x.to(wide), y.to(wide))
             grad_iq[:, query] = d_x / count
             grad_ik[:, :n] += d_y / count
@@ -273,28 +311,24 @@ def _mean_kl(iq: Tensor, ik: Tensor, problem: _Problem) -> tuple[Tensor, Tensor,
 
 
 def _pooled(
-    mass: Float[Tensor, "batch queries columns"], exists: Bool[Tensor, "rows q_block"], n: int, problem: _Problem
-) -> Float[Tensor, "batch rows {n}"]:
-    """Mass of the first `n` groups, pooled as the served selection ranks it."""
-    r = problem.rule.granularity.kv_block
-    if exists.shape[1] == 1:
+    mass: Float[Tensor, "batch queries columns"], chunk: _Chunk, problem: _Problem
+) -> Float[Tensor, "batch rows groups"]:
+    """Mass of the chunk's groups, pooled as the served selection ranks it."""
+    r, n = problem.rule.granularity.kv_block, chunk.groups
+    if chunk.exists.shape[1] == 1:
         return mass[..., :n]
-    pooled = _reduce(_blocks(mass[..., : n * r], exists), exists, "mean")
+    pooled = _reduce(_blocks(mass[..., : n * r], chunk), chunk.exists, "mean")
     if r == 1:
         return pooled
     tokens = pooled.unflatten(-1, (n, r))
     return tokens.sum(-1) if problem.pool == "sum" else tokens.amax(-1)
 
 
-def _blocks(
-    x: Float[Tensor, "batch queries columns"], exists: Bool[Tensor, "rows q_block"]
-) -> Float[Tensor, "batch rows q_block columns"]:
+def _blocks(x: Float[Tensor, "batch queries columns"], chunk: _Chunk) -> Float[Tensor, "batch rows q_block columns"]:
     """Lay queries out by block; queries that a block lacks hold 0."""
-    if x.shape[1] == exists.numel():
-        return x.unflatten(1, exists.shape)
-    out = x.new_zeros(x.shape[0], exists.numel(), x.shape[2])
-    out[:, exists.flatten()] = x
-    return out.unflatten(1, exists.shape)
+    if chunk.present is not None:
+        x = x.new_zeros(x.shape[0], chunk.exists.numel(), x.shape[2]).index_copy_(1, chunk.present, x)
+    return x.unflatten(1, chunk.exists.shape)
 
 
 def _reduce(
@@ -311,10 +345,11 @@ def _spread(
     slope: Float[Tensor, "batch rows groups"],
     by_query: Float[Tensor, "batch rows q_block groups"],
     scores: Float[Tensor, "batch rows groups"],
-    exists: Bool[Tensor, "rows q_block"],
+    chunk: _Chunk,
     reduce: str,
 ) -> Float[Tensor, "batch queries groups"]:
     """Gradient of each existing query's score; queries that tie for the maximum share it."""
+    exists = chunk.exists
     if exists.shape[1] == 1:
         return slope
     if reduce == "max":
@@ -323,7 +358,8 @@ def _spread(
         spread = slope[:, :, None] * share
     else:
         spread = (slope / exists.sum(1, keepdim=True))[:, :, None].expand_as(by_query)
-    return spread.flatten(1, 2)[:, exists.flatten()]
+    spread = spread.flatten(1, 2)
+    return spread if chunk.present is None else spread[:, chunk.present]
 
 
 def _backward(

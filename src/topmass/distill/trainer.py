@@ -57,6 +57,7 @@ def distill(
     start: Indexer | None = None,
     facts: Mapping[str, str] | None = None,
     progress: Progress | None = None,
+    say: Callable[[str], object] | None = None,
 ) -> Indexer:
     """Train an indexer for every full-attention layer of a frozen model.
 
@@ -80,6 +81,7 @@ def distill(
         start: Indexer whose weights to begin with, for example from shorter sequences; `None` begins at random.
         facts: `model` and `weights_hash` for the manifest; `None` works them out.
         progress: Called after every step.
+        say: Called with one line if an unfinished run goes on; the manifest's last attempt holds its step, too.
 
     Returns:
         The indexer with the best held-out recall, on the CPU.
@@ -117,7 +119,7 @@ def distill(
         if out is not None and world.rank == 0:
             run = stack.enter_context(_open_run(model, config, sequences, out, resume, overwrite, start, facts))
         before = checksum(model)
-        trainer = _Trainer(model, config, sequences, start=start, world=world, run=run, progress=progress)
+        trainer = _Trainer(model, config, sequences, start=start, world=world, run=run, progress=progress, say=say)
         indexer = trainer.train()
         if checksum(model) != before or any(p.grad is not None for p in model.parameters()):
             raise AssertionError("The backbone changed during distillation; please report this.")
@@ -184,6 +186,7 @@ class _Trainer:
         world: World,
         run: Run | None,
         progress: Progress | None,
+        say: Callable[[str], object] | None = None,
     ) -> None:
         assert config.length
         assert config.batch
@@ -195,6 +198,7 @@ class _Trainer:
         self.budget, self.rows_fraction, self.every = config.budget, config.rows_fraction, config.evaluate_every
         self.config, self.sequences, self.world, self.run = config, sequences, world, run
         self.progress = progress if world.rank == 0 else None
+        self.say = say if world.rank == 0 else None
         self.indexer = untrained(model, config)
         self.tokens_before = 0
         if start is not None:
@@ -465,6 +469,10 @@ class _Trainer:
         self.indexer.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.best = state["step"], _Best(**state["best"])
+        if self.run is not None:
+            self.run.manifest["attempts"][-1]["resumed_at_step"] = self.step
+            if self.say is not None:
+                self.say(f"resuming {self.run.directory}: {self.step} of {self.config.steps} steps are done")
 
     def _finished(self) -> Indexer:
         """The indexer with its best weights and what is known of it."""

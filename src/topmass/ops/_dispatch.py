@@ -1,12 +1,15 @@
 """Kernel backends of an op: registration, choice, and the reason for each refusal."""
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 from topmass.errors import BackendUnavailableError
 
-__all__ = ["KernelBackend", "available", "ops", "register", "resolve"]
+__all__ = ["KernelBackend", "available", "known", "known_or_auto", "ops", "record", "register", "resolve"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +30,7 @@ class KernelBackend:
 
 
 _BACKENDS: dict[str, dict[str, KernelBackend]] = {}
+_CHOSEN: ContextVar[dict[str, str] | None] = ContextVar("chosen", default=None)
 
 
 def register(op: str, backend: KernelBackend) -> None:
@@ -47,6 +51,35 @@ def available(op: str) -> tuple[str, ...]:
     return tuple(b.name for b in sorted(_BACKENDS[op].values(), key=lambda b: -b.priority))
 
 
+def known(op: str, name: str) -> KernelBackend:
+    """The backend of that name.
+
+    Raises:
+        BackendUnavailableError: There is none.
+    """
+    if name not in _BACKENDS[op]:
+        absent = name in ("triton", "masked") and importlib.util.find_spec("triton") is None
+        why = "; the package triton is not installed" if absent else ""
+        raise BackendUnavailableError(f"Unknown backend {name!r} of {op!r}; known: {', '.join(available(op))}{why}.")
+    return _BACKENDS[op][name]
+
+
+def known_or_auto(op: str, name: str) -> str:
+    """`name` if `op` has a backend of that name, else `"auto"`: for a name that is given to several ops at once."""
+    return name if name in _BACKENDS[op] else "auto"
+
+
+@contextmanager
+def record() -> Iterator[dict[str, str]]:
+    """Collect what `resolve` chooses inside the block, by op; several backends of one op are joined by `+`."""
+    chosen: dict[str, str] = {}
+    token = _CHOSEN.set(chosen)
+    try:
+        yield chosen
+    finally:
+        _CHOSEN.reset(token)
+
+
 def resolve(op: str, name: str, /, *args: Any, **kwargs: Any) -> KernelBackend:
     """Return the backend that will run this call.
 
@@ -57,13 +90,11 @@ def resolve(op: str, name: str, /, *args: Any, **kwargs: Any) -> KernelBackend:
     """
     reasons = []
     for candidate in available(op) if name == "auto" else (name,):
-        backend = _BACKENDS[op].get(candidate)
-        if backend is None:
-            raise BackendUnavailableError(
-                f"Unknown backend {candidate!r} of {op!r}; known: {', '.join(available(op))}."
-            )
+        backend = known(op, candidate)
         reason = backend.why_not(*args, **kwargs)
         if reason is None:
+            if (chosen := _CHOSEN.get()) is not None and candidate not in (before := chosen.get(op, "")).split("+"):
+                chosen[op] = f"{before}+{candidate}" if before else candidate
             return backend
         reasons.append(f"{candidate} {reason}")
     raise BackendUnavailableError(f"No backend of {op!r} can run this call: {' '.join(reasons)}")

@@ -35,14 +35,15 @@ def on_device(launch: _Launch) -> _Launch:
     return cast(_Launch, run)
 
 
-def half_on_gpu(*tensors: Tensor) -> str | None:
-    """Reason why a kernel for half-precision CUDA tensors cannot take these, or `None`."""
+def half_on_gpu(*tensors: Tensor, also: torch.dtype | None = None) -> str | None:
+    """Reason why a kernel for half-precision CUDA tensors (or those of one dtype more) cannot take these, or `None`."""
     if not (all(t.is_cuda for t in tensors) or INTERPRETED):
         return "needs CUDA tensors, or TRITON_INTERPRET=1 set before import."
     if any(t.device != tensors[0].device for t in tensors):
         return f"needs all inputs on one device, got {', '.join(str(t.device) for t in tensors)}."
-    if tensors[0].dtype not in (torch.float16, torch.bfloat16):
-        return f"supports float16 and bfloat16, got {tensors[0].dtype}."
+    if tensors[0].dtype not in (torch.float16, torch.bfloat16, also):
+        more = "" if also is None else f" and {also}".replace("torch.", "")
+        return f"supports float16 and bfloat16{more}, got {tensors[0].dtype}."
     if any(t.dtype != tensors[0].dtype for t in tensors):
         return "needs all inputs in one dtype."
     if any(t.shape[-1] > 256 for t in tensors):

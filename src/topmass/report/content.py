@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from topmass.report import bench, figures, ttft_figures, ttft_text
+from topmass.report import bench, bench_figures, figures, serve, ttft_figures, ttft_text
 from topmass.report.aggregate import ENOUGH_POINT, AuditTable, Cell, EvalTable, Setting, budget_order
 from topmass.report.figures import label_of, tokens
 from topmass.report.frontier import find_frontier
@@ -19,6 +19,7 @@ __all__ = ["Figure", "Report", "Section", "Table", "compose"]
 QUESTION = "How much dense attention does this model need?"
 FRONTIER_QUESTION = "Which configuration is as good as dense attention, and faster?"
 TTFT_QUESTION = "How long does the first token take beside dense attention and the floor?"
+SERVE_QUESTION = "How does a serving engine answer requests with sparse prefill, beside dense attention and the floor?"
 BENCH_QUESTION = "How long does a sparse layer take beside dense kernels?"
 NOT_CAUSAL = "selection looks at the block's later queries: not causal"
 _ENOUGH = "at most 1 point below dense, with the upper end of the 95 % interval at 2 points or less"
@@ -99,6 +100,8 @@ def compose(runs: Sequence[LoadedRun], *, command: str) -> Report:
     """
     if all(run.kind == "bench" for run in runs):
         return _compose_bench(runs, command)
+    if all(run.kind == "serve" for run in runs):
+        return _compose_serve(runs, command)
     if any(run.kind == "ttft" for run in runs):
         return _compose_frontier(runs, command)
     evals = EvalTable([run for run in runs if run.kind == "eval"])
@@ -127,13 +130,10 @@ def _compose_bench(runs: Sequence[LoadedRun], command: str) -> Report:
     sections = []
     for what, title in titles.items():
         items: list[Figure | Table] = []
-        caption = (
-            "Time of one layer against length; bars are p10 to p90. U: keys in the union of 32 neighbours' selections."
-        )
-        _add(items, f"{what}-time", figures.time_by_length(table, what), caption)
-        caption = "Time of the sparse layer against union growth; lines across are the dense kernels of the same runs."
-        _add(items, f"{what}-growth", figures.time_by_growth(table, what), caption)
-        items += [Table(caption=c, header=h, rows=r) for c, h, r in bench.tables(table, what)]
+        for name, draw, caption in bench_figures.FIGURES:
+            _add(items, f"{what}-{name}", draw(table, what), caption)
+        items += [Table(caption=c, header=h, rows=r) for c, h, r in bench.summaries(table, what)]
+        items += [Table(caption=c, header=h, rows=r, folded=True) for c, h, r in bench.tables(table, what)]
         sections += [Section(title=title, items=items)] if items else []
     figure, sections = _lead(sections)
     return Report(
@@ -143,6 +143,24 @@ def _compose_bench(runs: Sequence[LoadedRun], command: str) -> Report:
         figure=figure,
         facts=_facts(runs, command),
         notes=bench.notes(table),
+        sections=sections,
+    )
+
+
+def _compose_serve(runs: Sequence[LoadedRun], command: str) -> Report:
+    table, manifest = serve.ServeTable(runs), runs[0].manifest
+    items: list[Figure | Table] = []
+    caption = "Time to first token against length, bars are p10 to p90 over requests."
+    _add(items, "serve-ttft", serve.ttft_by_length(table, manifest["model"], manifest["device"]), caption)
+    items += [Table(caption=c, header=h, rows=r) for c, h, r in serve.tables(table)]
+    figure, sections = _lead([Section(title="Requests", items=items)])
+    return Report(
+        model=manifest["model"] + ("" if manifest["weights_hash"] else " (random weights)"),
+        question=SERVE_QUESTION,
+        answers=serve.answers(table),
+        figure=figure,
+        facts=_facts(runs, command),
+        notes=serve.notes(runs),
         sections=sections,
     )
 

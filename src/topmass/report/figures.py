@@ -10,7 +10,6 @@ import vl_convert
 
 from topmass.report.aggregate import AuditTable, Cell, EvalTable, Setting, budget_order
 from topmass.report.gaps import Gap
-from topmass.report.timings import BenchCase, BenchTable
 
 __all__ = [
     "PALETTE",
@@ -22,8 +21,6 @@ __all__ = [
     "label_of",
     "layer_heat_map",
     "per_layer_plan",
-    "time_by_growth",
-    "time_by_length",
     "tokens",
     "union_growth",
     "write_png",
@@ -274,56 +271,6 @@ def gap_bars(gaps: Sequence[Gap], title: str) -> alt.TopLevelMixin | None:
     bars = base.mark_rule(strokeWidth=1.5).encode(x=x, y=alt.Y("low:Q"), y2="high:Q", xOffset=offset, color=tint)
     groups = len({r["served"] for r in rows})
     return _finish((zero + bars + dots).properties(width=min(900, 60 + 110 * groups), height=230, title=title))
-
-
-def time_by_length(table: BenchTable, what: str) -> alt.TopLevelMixin | None:
-    """Milliseconds against prompt length, one line a dense kernel and one a configuration."""
-    cases = table.of(what)
-    # what was made for a growth has a figure of its own, if there is anything else
-    plain = [c for c in cases if c.growth is None] or [c for c in cases if c.growth == cases[0].growth]
-    rows = [_timed(c, name, c.length, name) for c in plain for name in c.names("dense")]
-    rows += [_timed(c, c.what, c.length, c.config) for c in plain]
-    return _times(rows, "prompt length (tokens)", f"{what}: {cases[0].shape}" if cases else "", log=True)
-
-
-def time_by_growth(table: BenchTable, what: str) -> alt.TopLevelMixin | None:
-    """Milliseconds against the measured union growth, at the greatest length that has several."""
-    grown = [c for c in table.of(what) if c.growth is not None and c.value(c.what, "union_growth")]
-    length = max((c.length for c in grown if sum(o.length == c.length for o in grown) > 1), default=None)
-    cases = [c for c in grown if c.length == length]
-    x = {id(c): c.value(c.what, "union_growth") or 1.0 for c in cases}
-    rows = [_timed(c, name, x[id(c)], name) for c in cases for name in c.names("dense")]
-    rows += [_timed(c, c.what, x[id(c)], "sparse layer") for c in cases]
-    return _times(rows, "U/K: union of 32 neighbours' selections / one", f"{tokens(length or 0)} tokens", log=False)
-
-
-def _timed(case: BenchCase, name: str, x: int | float, label: str) -> Row | None:
-    time = case.time(name)
-    if time is None:
-        return None
-    colour = _DENSE.get(name, _INK) if case.role(name) == "dense" else ""
-    return {"name": label, "x": x, "y": time.median, "low": time.p10, "high": time.p90, "colour": colour}
-
-
-def _times(found: Sequence[Row | None], x_title: str, title: str, *, log: bool) -> alt.TopLevelMixin | None:
-    rows = [row for row in found if row is not None]
-    if not rows:
-        return None
-    sparse = list(dict.fromkeys(r["name"] for r in rows if not r["colour"]))
-    rows = [Row(r, colour=r["colour"] or _SPARSE[sparse.index(r["name"]) % len(_SPARSE)]) for r in rows]
-    colours = {r["name"]: r["colour"] for r in rows}
-    scale = _log_scale([r["x"] for r in rows]) if log else alt.Scale(zero=False, padding=10)
-    x = alt.X("x:Q", title=x_title, scale=scale, axis=_token_axis() if log else alt.Axis(grid=False))
-    y_scale = alt.Scale(
-        type="log", domain=[min(r["low"] for r in rows) / 1.3, max(r["high"] for r in rows) * 1.3], nice=False
-    )
-    y = alt.Y("y:Q", title="time of one layer (ms)", scale=y_scale)
-    tint = alt.Color("name:N", scale=alt.Scale(domain=list(colours), range=list(colours.values())), legend=_NAMED)
-    base = alt.Chart(alt.Data(values=rows)).encode(x=x, color=tint)
-    bars = base.mark_rule(strokeWidth=1.4).encode(y=alt.Y("low:Q"), y2="high:Q")
-    lines = base.mark_line(strokeWidth=1.8).encode(y=y)
-    dots = base.mark_point(filled=True, size=40, opacity=1).encode(y=y)
-    return _finish(alt.LayerChart(layer=[bars, lines, dots], width=460, height=280, title=title))
 
 
 def _order(selector: str) -> int:

@@ -12,6 +12,7 @@ __all__ = [
     "BENCH_METRICS",
     "SCHEMAS",
     "SCHEMA_VERSION",
+    "SERVE_METRICS",
     "TTFT_METRICS",
     "Column",
     "Schema",
@@ -178,7 +179,12 @@ _BENCH = Schema(
         _column("kv_heads", "int", "", "Heads of keys and values."),
         _column("head_dim", "int", "", "Width of every head."),
         _column("length", "int", "tokens", "Prompt length."),
-        _column("what", "str", "", "What is timed: layer, oracle or kl; also the name of its total."),
+        _column(
+            "what",
+            "str",
+            "",
+            "What is timed: layer, oracle or kl; also the name of its total. growth: a model's own U/K.",
+        ),
         _column("config", "str", "", "Short label of the configuration, such as `b=2048 q1 k4 layer u=1.5`."),
         _column("budget", "str", "", "Nominal budget: tokens or a fraction."),
         _column("q_block", "int", "tokens", "Queries that share one selection."),
@@ -220,12 +226,29 @@ _TTFT = Schema(
     ),
 )
 
+_SERVE = Schema(
+    about="One row per case, mode, request and metric; all modes of a case answered the same requests.",
+    key=("driver", "length", "rate"),
+    columns=(
+        _column("driver", "str", "", "offline: the engine alone; server: the OpenAI-compatible server."),
+        _column("length", "int", "tokens", "Prompt length, exact."),
+        _column("rate", "float", "requests/s", "Mean rate of requests (Poisson); 0: one after the other."),
+        _column("mode", "str", "", "dense, sparse, or floor: attention of prompts replaced by a copy of the values."),
+        _column("request", "int", "", "Index of the request; -1 for what is of all of them."),
+        _column("metric", "str", "", "What `value` is, see below."),
+        _column("value", "float", "", "The value.", nullable=True),
+        _column("unit", "str", "", "Unit of `value`."),
+        _column("status", "str", "", "ok, or why it did not run."),
+    ),
+)
+
 SCHEMAS: dict[str, Schema] = {
     "eval": _EVAL,
     "audit": _AUDIT,
     "distill": _DISTILL,
     "bench": _BENCH,
     "ttft": _TTFT,
+    "serve": _SERVE,
 }
 
 AUDIT_METRICS: dict[str, tuple[str, str]] = {
@@ -266,7 +289,11 @@ AUDIT_METRICS: dict[str, tuple[str, str]] = {
 BENCH_METRICS: dict[str, tuple[str, str]] = {
     "time": ("ms", "Time of one call in one round."),
     "flop": ("FLOP", "Floating-point operations that the result needs: causal pairs for dense, keys read for sparse."),
-    "bytes": ("B", "Bytes that a copy reads and writes."),
+    "bytes": (
+        "B",
+        "Bytes that a copy reads and writes; of `index` its scores in float16, written and read once; of `attend` keys and "
+        "values of each tile's union of 32 queries, queries and outputs.",
+    ),
     "keys_read_mean": ("keys/query", "Achieved keys per query, mean over all queries."),
     "union_growth": (
         "ratio",
@@ -304,6 +331,23 @@ TTFT_METRICS: dict[str, tuple[str, str]] = {
         "Relative error (2-norm) of that prompt's last logits against the same model with attention in float64.",
     ),
     "gate_logits_plain_error": ("", "The same with plain PyTorch's attention in the model's dtype."),
+}
+
+SERVE_METRICS: dict[str, tuple[str, str]] = {
+    "ttft": ("ms", "From the moment at which a request is due to its first token at the client."),
+    "tpot": ("ms", "Between tokens of a request: from its first to its last, by the tokens between."),
+    "latency": ("ms", "From the moment at which a request is due to its last token."),
+    "throughput": (
+        "tokens/s",
+        "Generated tokens of all requests, by the time from the first's moment to the last token.",
+    ),
+    "prompt_throughput": ("tokens/s", "Prompt tokens, likewise."),
+    "prefix_hits": ("fraction", "Share of the prompts' tokens that were in the prefix cache."),
+    "kv_usage": (
+        "fraction",
+        "Largest share of the KV cache's blocks in use; of a server as its metrics showed it, ten times a second.",
+    ),
+    "kv_memory": ("GiB", "The same in memory, index keys and states of linear layers included; offline only."),
 }
 
 _TYPES: dict[Kind, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float)}
@@ -379,4 +423,6 @@ def markdown() -> str:
         "### Metrics of a time to first token",
         "\n".join(["| metric | unit | meaning |", "|---|---|---|", *metrics]),
     ]
+    metrics = [f"| `{name}` | {unit} | {meaning} |" for name, (unit, meaning) in SERVE_METRICS.items()]
+    parts += ["### Metrics of serving", "\n".join(["| metric | unit | meaning |", "|---|---|---|", *metrics])]
     return "\n\n".join(parts) + "\n"

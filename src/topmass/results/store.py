@@ -39,7 +39,7 @@ def make_manifest(
     """Describe a run that is about to start.
 
     Args:
-        kind: `"eval"`, `"audit"`, `"distill"`, `"bench"` or `"ttft"`.
+        kind: `"eval"`, `"audit"`, `"distill"`, `"bench"`, `"ttft"` or `"serve"`.
         config: The full resolved configuration; must be JSON.
         model: Name or path of the model.
         weights_hash: Hash of its weights.

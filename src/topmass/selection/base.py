@@ -15,6 +15,7 @@ from topmass.core.plan import Plan
 from topmass.core.rule import SupportRule
 from topmass.core.support import Support
 from topmass.errors import ConfigError
+from topmass.ops import _dispatch
 from topmass.ops.attention_mass import pooled_mass
 from topmass.ops.attention_mass.reference import average_heads, pool_mass
 from topmass.ops.topk_support import topk_support
@@ -39,6 +40,8 @@ class AttentionInputs:
         iq: Queries of the layer's indexer, one for each of `q`, after norm and RoPE, if an indexer selects.
         ik: Keys of the layer's indexer, one for each complete key group, after pooling, norm and RoPE.
         carry: Scratch that a selector may use to pass something to the next full-attention layer of the same forward.
+        backend: Kernel backend of every op that selects and has one of this name; it never falls back. Ops without one
+            take `"auto"`, as all do under that name.
     """
 
     q: Float[Tensor, "batch q_len q_heads head_dim"]
@@ -52,6 +55,7 @@ class AttentionInputs:
     iq: Float[Tensor, "batch q_len heads dim"] | None = None
     ik: Float[Tensor, "batch groups dim"] | None = None
     carry: dict[str, Any] = field(default_factory=dict)
+    backend: str = "auto"
 
     @property
     def start(self) -> int:
@@ -79,7 +83,12 @@ class AttentionInputs:
             q_start=self.start,
             softcap=self.softcap,
             sinks=self.sinks,
+            backend=self.backend_of("attention_mass"),
         )
+
+    def backend_of(self, op: str) -> str:
+        """The name to ask `op` for."""
+        return _dispatch.known_or_auto(op, self.backend)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +106,10 @@ class Selector(ABC):
         """Support of the given queries."""
 
     def score_heads(self, q_heads: int, kv_heads: int) -> int:
-        """Rows of `kv_len` scores that selecting for one query keeps on a GPU; chunks of queries are sized by it."""
+        """Rows of `kv_len` scores that selecting for one query keeps on a GPU, beside what ops cap on their own.
+
+        Chunks of queries are sized by it; 0 if scores are nowhere kept.
+        """
         return q_heads
 
     @abstractmethod
@@ -177,7 +189,14 @@ class RankedSelector(Selector):
         rule = self.rule(inputs.layer)
         assert rule is not None, "dense layers are never selected for"
         scores, mass = self.group_scores(inputs, rule)
-        return topk_support(scores, rule=rule, q_start=inputs.start, q_len=inputs.q.shape[1], mass=mass)
+        return topk_support(
+            scores,
+            rule=rule,
+            q_start=inputs.start,
+            q_len=inputs.q.shape[1],
+            mass=mass,
+            backend=inputs.backend_of("topk_support"),
+        )
 
     def per_query(self) -> "Selector":
         return replace(self, granularity=replace(self.granularity, q_block=1))

@@ -16,7 +16,7 @@ from topmass.core.support import Support
 from topmass.errors import ConfigError
 from topmass.ops._logits import causal_logits
 from topmass.ops.attention_mass.reference import average_heads
-from topmass.ops.topk_support import pool_scores, topk_support
+from topmass.ops.topk_support import pool_scores
 from topmass.selection.base import AttentionInputs, RankedSelector, Selector
 from topmass.selection.oracle import OracleSelector
 
@@ -73,8 +73,11 @@ class StreamingSelector(Selector):
         rule = self.rule(inputs.layer)
         assert rule is not None
         b, q_len = inputs.q.shape[:2]
-        scores = inputs.q.new_zeros(b, 1, q_len, inputs.start + q_len)
-        return topk_support(scores, rule=rule, q_start=inputs.start, q_len=q_len)
+        none = inputs.q.new_zeros(b, 1, q_len, dtype=torch.int32)
+        return Support.from_groups(none[..., None][..., :0], none, rule=rule, q_start=inputs.start, q_len=q_len)
+
+    def score_heads(self, q_heads: int, kv_heads: int) -> int:
+        return 0
 
     def config(self) -> dict[str, Any]:
         return {"selector": self.name, "sink": self.sink, "window": self.window}
@@ -182,6 +185,9 @@ class ExternalSelector(Selector):
                 f"{support.q_start + support.q_len - 1}, but {inputs.start}..{inputs.start + inputs.q.shape[1] - 1} are read."
             )
         return support.rows(start, stop)
+
+    def score_heads(self, q_heads: int, kv_heads: int) -> int:
+        return 0
 
     def config(self) -> dict[str, Any]:
         return {"selector": self.name, "supports": {i: _digest(s) for i, s in sorted(self.supports.items())}}

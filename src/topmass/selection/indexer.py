@@ -165,7 +165,7 @@ class Indexer(nn.Module):
         ... )
         >>> indexer = Indexer.create({1: IndexerConfig(hidden_size=16, dim=8)}, model)
         >>> print(indexer.selector(budget=64))  # doctest: +ELLIPSIS
-        indexer(budget=64, q_block=1, kv_block=1, share=layer, sink=0, window=1, dense_below=0, reduce=mean, indexer=...)
+        indexer(budget=64, q_block=1, kv_block=1, share=layer, sink=0, window=1, dense_below=0, reduce=max, indexer=...)
     """
 
     def __init__(self, info: IndexerInfo) -> None:
@@ -300,7 +300,7 @@ class IndexerSelector(RankedSelector):
         raise NotImplementedError("The op selects by scores that it never writes down.")
 
     def score_heads(self, q_heads: int, kv_heads: int) -> int:
-        return 1
+        return 0
 
     def select(self, inputs: AttentionInputs) -> Support:
         rule = self.rule(inputs.layer)
@@ -321,6 +321,7 @@ class IndexerSelector(RankedSelector):
             reduce=config.reduce,
             # a float64 model is a test of exactness
             score_dtype=None if inputs.iq.dtype == torch.float64 else getattr(torch, config.score_dtype),
+            backend=inputs.backend_of("index_topk"),
         )
 
     def config(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import difflib
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from topmass.selection.baselines import DenseSelector, PooledSelector, RandomSel
 from topmass.selection.indexer import Indexer, IndexerSelector, load_indexer, load_reference_indexer
 from topmass.selection.oracle import OracleSelector
 
-__all__ = ["load_selector"]
+__all__ = ["load_selector", "make_selector"]
 
 VERSION = 1
 
@@ -48,21 +49,42 @@ def load_selector(path: str | Path, *, indexer: Indexer | None = None) -> Select
         streaming(sink=4, window=64)
     """
     path = Path(path)
-    settings = _read(path)
+    return make_selector(_read(path), source=str(path), beside=path.parent, indexer=indexer)
+
+
+def make_selector(
+    settings: Mapping[str, Any], *, source: str = "selector", beside: Path | None = None, indexer: Indexer | None = None
+) -> Selector:
+    """A selector from the keys of a table `[selector]`.
+
+    Args:
+        source: Where the settings come from, for messages.
+        beside: Directory that the indexer's is looked for in first.
+        indexer: Takes the place of the directory that the settings name.
+
+    Raises:
+        ConfigError: An unknown key, or a setting that is out of range.
+        DataError: The indexer is missing or damaged.
+
+    Example:
+        >>> print(make_selector({"name": "streaming", "window": 64}))
+        streaming(sink=4, window=64)
+    """
+    settings = dict(settings)
     name = settings.pop("name", None)
     if name not in _KEYS:
-        raise ConfigError(f"{path}: name must be one of {', '.join(_KEYS)} in [selector], got {name!r}.")
+        raise ConfigError(f"{source}: name must be one of {', '.join(_KEYS)} in [selector], got {name!r}.")
     for key in settings:
         if key not in _KEYS[name]:
             near = difflib.get_close_matches(key, _KEYS[name], n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"{name} takes {', '.join(_KEYS[name]) or 'none'}."
-            raise ConfigError(f"{path}: unknown key {key!r} in [selector]; {hint}")
+            raise ConfigError(f"{source}: unknown key {key!r} in [selector]; {hint}")
     try:
-        return _build(path, name, settings, indexer)
+        return _build(beside or Path(), name, settings, indexer)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{source}: {error}") from error
     except TypeError as error:
-        raise ConfigError(f"{path}: a setting in [selector] is missing or of another type ({error}).") from error
+        raise ConfigError(f"{source}: a setting in [selector] is missing or of another type ({error}).") from error
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -81,7 +103,7 @@ def _read(path: Path) -> dict[str, Any]:
     return dict(data["selector"])
 
 
-def _build(path: Path, name: str, settings: dict[str, Any], indexer: Indexer | None) -> Selector:
+def _build(beside: Path, name: str, settings: dict[str, Any], indexer: Indexer | None) -> Selector:
     if name == "dense":
         return DenseSelector()
     if name == "streaming":
@@ -92,16 +114,16 @@ def _build(path: Path, name: str, settings: dict[str, Any], indexer: Indexer | N
     if name != "indexer":
         return _PLAIN[name](**settings)
     where, digest = settings.pop("indexer", None), settings.pop("indexer_digest", None)
-    found = indexer or _find(path, where)
+    found = indexer or _find(beside, where)
     if digest is not None and found.digest != digest:
         raise ConfigError(f"the indexer has the digest {found.digest}, the file was measured with {digest}.")
     return IndexerSelector(found, **settings)
 
 
-def _find(path: Path, where: object) -> Indexer:
+def _find(folder: Path, where: object) -> Indexer:
     if not isinstance(where, str):
         raise ConfigError("the selector is an indexer, so give its directory as `indexer`, or pass indexer=.")
     if where == "reference":
         return load_reference_indexer()
-    beside = path.parent / where
+    beside = folder / where
     return load_indexer(beside if beside.is_dir() else where)

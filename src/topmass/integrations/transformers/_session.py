@@ -104,6 +104,9 @@ class Session:
         self._original: list[str] = []
         self._capture, self._index = capture or index is not None, index
         self._received: dict[int, LayerInputs] = {}
+        self._turns = {i: self._family.uses_rope(m) for i, m in self.layers.items()}
+        # by the identity of what modules are given, which is held so that it stays its own
+        self._tables: dict[tuple[int, bool], tuple[Any, tuple[Tensor | None, Tensor | None]]] = {}
         self._hooks: list[Any] = []
 
     def __enter__(self) -> "Session":
@@ -132,6 +135,7 @@ class Session:
         for hook in self._hooks:
             hook.remove()
         self._received.clear()
+        self._tables.clear()
         for module in self.layers.values():
             _BY_MODULE.pop(id(module), None)
         for config, original in zip(self._configs, self._original, strict=True):
@@ -165,18 +169,27 @@ class Session:
             if self._index is not None:
                 self._index.check_cache(cache, layer)
         self._received.clear()
+        self._tables.clear()
         self.attend.begin_forward()
 
     def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         kwargs = _by_name(module, args, kwargs)
-        cos, sin = self._family.rope_tables(module, kwargs.get("position_embeddings"))
-        self._received[self._layer_of[id(module)]] = LayerInputs(
+        layer = self._layer_of[id(module)]
+        cos, sin = self._rope_tables(layer, module, kwargs.get("position_embeddings"))
+        self._received[layer] = LayerInputs(
             hidden=kwargs["hidden_states"],
             cos=cos,
             sin=sin,
             cache=kwargs.get("past_key_values"),
             pairs=self._family.pairs,
         )
+
+    def _rope_tables(self, layer: int, module: nn.Module, given: Any) -> tuple[Tensor | None, Tensor | None]:
+        # the layers of a forward are given the same tables
+        key = id(given), self._turns[layer]
+        if key not in self._tables:
+            self._tables[key] = given, self._family.rope_tables(module, given)
+        return self._tables[key][1]
 
     def run(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "batch kv_len"] | None, **settings: Any

@@ -119,6 +119,7 @@ class LayerInputs:
         sin: Sines, likewise.
         cache: The model's cache, if it has one.
         pairs: Which dimensions of a head the tables turn together: `"halves"` or `"neighbours"`.
+        shared: Whether other layers of the forward may receive the same tables.
     """
 
     hidden: Float[Tensor, "batch q_len hidden"]
@@ -126,11 +127,12 @@ class LayerInputs:
     sin: Float[Tensor, "#batch q_len rotary"] | None
     cache: Any = None
     pairs: str = "halves"
+    shared: bool = True
 
     def sequence(self, i: int, rows: Bool[Tensor, " q_len"]) -> "LayerInputs":
         """One sequence of the batch without its padding."""
         tables = [x if x is None else x[i if x.shape[0] > 1 else 0, rows][None] for x in (self.cos, self.sin)]
-        return replace(self, hidden=self.hidden[i, rows][None], cos=tables[0], sin=tables[1])
+        return replace(self, hidden=self.hidden[i, rows][None], cos=tables[0], sin=tables[1], shared=False)
 
 
 def index_features(
@@ -184,12 +186,6 @@ class KeyRows:
     def map(self, change: Any) -> "KeyRows":
         """The same change to every tensor."""
         return KeyRows(raw=change(self.raw), cos=change(self.cos), sin=change(self.sin))
-
-    def then(self, other: "KeyRows") -> "KeyRows":
-        """These positions, and those of `other` after them."""
-        pairs = ((self.raw, other.raw), (self.cos, other.cos), (self.sin, other.sin))
-        raw, cos, sin = (torch.cat(pair, 1) for pair in pairs)
-        return KeyRows(raw=raw, cos=cos, sin=sin)
 
     def sequence(self, i: int, real: Bool[Tensor, " len"]) -> "KeyRows":
         """One sequence of the batch without its padding."""
@@ -268,6 +264,14 @@ class IndexKeys:
         self._indexer = indexer
         self._owner = indexer.digest
         self._placed: dict[int, LayerIndexer] = {}
+        # by the identity of tensors, which are held so that it stays theirs
+        self._tables: dict[tuple[int, int, int], tuple[Tensor, Tensor, tuple[Tensor, ...]]] = {}
+        self._joined: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def begin_forward(self) -> None:
+        """A new forward of the model starts: forget what the layers of the last one shared."""
+        self._tables.clear()
+        self._joined.clear()
 
     def check_cache(self, cache: Any, layer: int) -> None:
         """Refuse a cache with positions that this indexer has not seen, before anything is written to it.
@@ -275,7 +279,7 @@ class IndexKeys:
         Raises:
             ConfigError: Positions were cached outside of the block, or with another indexer.
         """
-        if self._indexer.layer(layer) is None or layer >= len(cache.layers):
+        if layer not in self._indexer.info.layers or layer >= len(cache.layers):
             return
         past = cache.layers[layer].get_seq_length()
         rows = getattr(cache.layers[layer], "index_rows", None)
@@ -305,8 +309,7 @@ class IndexKeys:
         new, past = q.shape[1], k.shape[1] - q.shape[1]
         _, features = index_features(module.config.features, inputs, q, k[:, past:])
         raw = module.project_keys(features)
-        halves = [x[..., : x.shape[-1] // 2].expand(raw.shape[0], -1, -1) for x in self._tables(module, inputs)]
-        cos, sin = halves or [raw.new_zeros(*raw.shape[:2], 0)] * 2
+        cos, sin = self._rope(module, inputs)[2:] or [raw.new_zeros(*raw.shape[:2], 0)] * 2
         rows = KeyRows(raw=raw, cos=cos, sin=sin)
         if inputs.cache is None:
             if past:
@@ -316,7 +319,9 @@ class IndexKeys:
             return rows
         held = inputs.cache.layers[layer]
         if past:
-            rows = held.index_rows.then(rows)
+            before = held.index_rows
+            raw = torch.cat([before.raw, raw], 1)
+            rows = KeyRows(raw=raw, cos=self._join(before.cos, cos), sin=self._join(before.sin, sin))
         if not isinstance(held, _IndexedLayer):
             held = inputs.cache.layers[layer] = _indexed(held)
         held.index_rows, held.index_owner = rows, self._owner
@@ -335,12 +340,30 @@ class IndexKeys:
         module = self._module(layer, inputs.hidden.device)
         assert module is not None
         features, _ = index_features(module.config.features, inputs, q, k[:, k.shape[1] - q.shape[1] :])
-        return module.project_queries(features, *self._tables(module, inputs)), rows.finish(module)
+        return module.project_queries(features, *self._rope(module, inputs)[:2]), rows.finish(module)
 
-    def _tables(self, module: LayerIndexer, inputs: LayerInputs) -> tuple[Tensor, ...]:
-        if inputs.cos is None or inputs.sin is None or not module.config.rotary_dim:
+    def _rope(self, module: LayerIndexer, inputs: LayerInputs) -> tuple[Tensor, ...]:
+        """Tables for queries, and the half of each that is kept with keys; the layers of a forward share them."""
+        cos, sin, dim = inputs.cos, inputs.sin, module.config.rotary_dim
+        if cos is None or sin is None or not dim:
             return ()
-        return index_rope(inputs.cos, inputs.sin, module.config.rotary_dim)
+        key = id(cos), id(sin), dim
+        if key in self._tables:
+            return self._tables[key][2]
+        tables = index_rope(cos, sin, dim)
+        halves = [x[..., : dim // 2].expand(inputs.hidden.shape[0], -1, -1) for x in tables]
+        found = (*tables, *halves)
+        # what was cut out of a padded batch is another tensor in every layer
+        if inputs.shared:
+            self._tables[key] = cos, sin, found
+        return found
+
+    def _join(self, before: Tensor, new: Tensor) -> Tensor:
+        """Tables of all positions; while no layer's cache was changed apart from the others', all layers keep one tensor."""
+        key = id(before), id(new)
+        if key not in self._joined:
+            self._joined[key] = before, new, torch.cat([before, new], 1)
+        return self._joined[key][2]
 
     def _module(self, layer: int, device: torch.device) -> LayerIndexer | None:
         if layer not in self._placed:

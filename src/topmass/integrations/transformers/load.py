@@ -1,6 +1,7 @@
 """Load a model by name for the command line: clear errors, checked weights, and a hash that names them."""
 
 import hashlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def describe_device(model: torch.nn.Module) -> str:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if _has_cuda() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -82,6 +83,17 @@ def _device(name: str) -> torch.device:
             f"The device {name!r} cannot be used ({reason}); `topmass doctor` lists those that can."
         ) from error
     return device
+
+
+def _has_cuda() -> bool:
+    # torch explains a GPU that it cannot use, because of an old driver for example, in a warning of many words
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = torch.cuda.is_available()
+    if told and not found:
+        reason = str(told[0].message).partition(". ")[0].partition(" (Triggered")[0].rstrip(".")
+        warnings.warn(f"The GPU is not used ({reason}); update its driver or torch, or choose a device.", stacklevel=4)
+    return found
 
 
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:

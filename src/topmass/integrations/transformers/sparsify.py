@@ -5,20 +5,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from topmass.core.granularity import split_queries
 from topmass.core.rule import SupportRule
 from topmass.core.support import Support
-from topmass.errors import BackendUnavailableError, ConfigError
+from topmass.errors import ConfigError
 from topmass.integrations.transformers._session import LayerCall, Session
 from topmass.integrations.transformers.index_keys import IndexKeys, check_indexer
 from topmass.ops import _dispatch
-from topmass.ops._logits import rows_that_fit
+from topmass.ops._logits import workspace
 from topmass.ops.dense_prefill import dense_prefill
 from topmass.ops.sparse_prefill import sparse_prefill
-from topmass.ops.sparse_prefill.interface import resolve_backend
 from topmass.selection.base import AttentionInputs, Selector
 from topmass.selection.indexer import IndexerSelector
 
@@ -34,7 +33,8 @@ class LayerReceipt:
 
     Attributes:
         layer: Layer index.
-        backends: Kernel backends that ran, with the number of calls.
+        backends: Kernel backends of the attention that ran, with the number of calls.
+        selection: What chose the keys, `op=backend`, with the number of calls; a selector without ops leaves it empty.
         sparse_queries: Queries that read a support.
         dense_queries: Prompt queries that read every key, by reason.
         decode_queries: Generated queries, which read every key unless `decode="sparse"`.
@@ -42,6 +42,7 @@ class LayerReceipt:
 
     layer: int
     backends: dict[str, int] = field(default_factory=dict)
+    selection: dict[str, int] = field(default_factory=dict)
     sparse_queries: int = 0
     dense_queries: dict[str, int] = field(default_factory=dict)
     decode_queries: int = 0
@@ -60,6 +61,11 @@ class LayerReceipt:
         return "+".join(self.backends) or "none"
 
     @property
+    def selected_by(self) -> str:
+        """Ops and backends that chose the keys; empty if none did."""
+        return ", ".join(self.selection)
+
+    @property
     def reason(self) -> str:
         """Why queries ran dense; empty if none did."""
         return "; ".join(f"{count} queries: {reason}" for reason, count in self.dense_queries.items())
@@ -71,9 +77,19 @@ class LayerReceipt:
         return float(self._keys) / queries if queries else float("nan")
 
     def count(
-        self, backend: str, *, sparse: int = 0, dense: int = 0, decode: int = 0, reason: str = "", keys: Any = 0.0
+        self,
+        backend: str,
+        *,
+        sparse: int = 0,
+        dense: int = 0,
+        decode: int = 0,
+        reason: str = "",
+        keys: Any = 0.0,
+        selection: Mapping[str, str] | None = None,
     ) -> None:
         """Add one call."""
+        for op, name in (selection or {}).items():
+            self.selection[f"{op}={name}"] = self.selection.get(f"{op}={name}", 0) + 1
         self.backends[backend] = self.backends.get(backend, 0) + 1
         self.sparse_queries += sparse
         self.decode_queries += decode
@@ -101,11 +117,7 @@ class Receipt:
         return "+".join(sorted(names)) or "dense"
 
     def __str__(self) -> str:
-        rows = [
-            f"layer {r.layer}: {r.mode}, {r.backend}, {r.keys_read_mean:.1f} keys/query{', ' + r.reason if r.reason else ''}"
-            for r in self.layers.values()
-        ]
-        return "\n".join(rows)
+        return "\n".join(map(_told, self.layers.values()))
 
 
 class Run:
@@ -123,6 +135,7 @@ class Run:
         self.observe: Observe | None = None
         self._parts: dict[int, dict[int | None, list[Support]]] = {}
         self._carry: dict[tuple[int | None, int], dict[str, Any]] = {}
+        self._plans: dict[tuple[int, bool], tuple[Selector, SupportRule | None]] = {}
 
     @property
     def supports(self) -> dict[int, Support | list[Support]]:
@@ -154,26 +167,57 @@ class Run:
     def begin_forward(self) -> None:
         """A new forward of the model starts."""
         self._carry.clear()
+        if self.index is not None:
+            self.index.begin_forward()
 
     def __call__(self, call: LayerCall) -> Float[Tensor, "batch q_len q_heads v_dim"]:
         """Attention of one layer call."""
         receipt = self.receipt.layers[call.layer]
-        queries = call.q.shape[0] * call.q.shape[1]
+        b, q_len = call.q.shape[:2]
         if call.decode and self.decode == "dense":
-            receipt.count("dense", decode=queries)
+            receipt.count("dense", decode=b * q_len)
             return _dense(call)
-        selector = self.selector.per_query() if call.decode else self.selector
-        rule = selector.rule(call.layer)
+        selector, rule = self._plan(call)
         if rule is None:
-            receipt.count("dense", dense=queries, reason="kept dense by the selector", keys=_causal_keys(call))
+            receipt.count("dense", dense=b * q_len, reason="kept dense by the selector", keys=_causal_keys(call))
             return _dense(call)
+        if not self.record_support and rule.reads_all(call.q_start, q_len):
+            return self._all_keys(call, rule)
         index = None
         if self.index is not None and call.inputs is not None and call.index_rows is not None:
             index = self.index.vectors(call.layer, call.inputs, call.index_rows, call.q, call.k)
-        parts = [self._chunk(call, selector, rule, index, lo, hi) for lo, hi in _chunks(call, selector, rule)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        out = None
+        for lo, hi in self._spans(call, selector, rule):
+            part = self._span(call, selector, rule, index, lo, hi)
+            if hi - lo == q_len:
+                return part
+            out = part.new_empty(b, q_len, *part.shape[2:]) if out is None else out
+            out[:, lo:hi] = part
+        assert out is not None
+        return out
 
-    def _chunk(
+    def _plan(self, call: LayerCall) -> tuple[Selector, SupportRule | None]:
+        key = call.layer, call.decode
+        if key not in self._plans:
+            selector = self.selector.per_query() if call.decode else self.selector
+            self._plans[key] = selector, selector.rule(call.layer)
+        return self._plans[key]
+
+    def _all_keys(self, call: LayerCall, rule: SupportRule) -> Tensor:
+        queries = call.q.shape[0] * call.q.shape[1]
+        self.receipt.layers[call.layer].count("dense", dense=queries, reason=_within(rule), keys=_causal_keys(call))
+        return _dense(call)
+
+    def _spans(self, call: LayerCall, selector: Selector, rule: SupportRule) -> Iterator[tuple[int, int]]:
+        """As few stretches of the queries as memory allows; those below the crossover are one of their own."""
+        q_len, start = call.q.shape[1], call.q_start
+        dense = 0 if self.record_support else min(max(_crossover(rule) - start, 0), q_len)
+        if dense:
+            yield 0, dense
+        for lo, hi in split_queries(start + dense, q_len - dense, _most_queries(call, selector, rule)):
+            yield dense + lo, dense + hi
+
+    def _span(
         self,
         call: LayerCall,
         selector: Selector,
@@ -194,11 +238,8 @@ class Run:
             decode=call.decode,
             sample=call.sample,
         )
-        receipt = self.receipt.layers[call.layer]
-        starts = rule.block_starts(part.q_start, hi - lo)
-        if int(rule.dense_len(starts).min()) >= stop and not self.record_support:
-            receipt.count("dense", dense=part.q.shape[0] * (hi - lo), reason=_within(rule), keys=_causal_keys(part))
-            return _dense(part)
+        if not self.record_support and rule.reads_all(part.q_start, hi - lo):
+            return self._all_keys(part, rule)
         inputs = AttentionInputs(
             q=part.q,
             k=part.k,
@@ -209,20 +250,27 @@ class Run:
             iq=None if index is None else index[0][:, lo:hi],
             ik=None if index is None else index[1][:, : stop // rule.granularity.kv_block],
             carry=self._carry.setdefault((call.sample, part.q_start), {}),
+            backend=self.backend,
         )
-        support = selector.select(inputs)
+        with _dispatch.record() as selection:
+            support = selector.select(inputs)
         if self.observe is not None:
             self.observe(inputs, support, rule)
         if self.record_support:
             self._parts.setdefault(call.layer, {}).setdefault(call.sample, []).append(support)
         settings = {"scale": call.scale, "softcap": call.softcap, "sinks": call.sinks}
-        backend = resolve_backend(self.backend, part.q, part.k, part.v, support, **settings)
-        out, _ = sparse_prefill(part.q, part.k, part.v, support, **settings, backend=backend.name)
+        with _dispatch.record() as attention:
+            out, _ = sparse_prefill(part.q, part.k, part.v, support, **settings, backend=self.backend)
+        b, rows = part.q.shape[:2]
+        sparse = rule.sparse_queries(part.q_start, rows)
         keys = support.keys_read()
-        sparse = _count_sparse(rule, part.q_start, hi - lo) * part.q.shape[0]
-        dense = part.q.shape[0] * (hi - lo) - sparse
-        receipt.count(
-            backend.name, sparse=sparse, dense=dense, reason=_within(rule), keys=keys.double().sum() / keys.shape[1]
+        self.receipt.layers[call.layer].count(
+            attention["sparse_prefill"],
+            sparse=sparse * b,
+            dense=(rows - sparse) * b,
+            reason=_within(rule),
+            keys=keys.sum().double() / keys.shape[1],
+            selection=selection,
         )
         return out
 
@@ -245,7 +293,9 @@ def sparsify(
     Args:
         model: A model from `AutoModelForCausalLM`, or a wrapper around one; in eval mode.
         selector: Chooses the keys of every query.
-        backend: Kernel backend of the sparse attention: `"auto"`, or a name, which never falls back.
+        backend: Kernel backend: `"auto"`, or the name of one of the sparse attention, which never falls back. What selects
+            takes the same name, likewise, where it has a backend of that name, and `"auto"` where it has none; the receipt
+            names both.
         decode: Whether generated positions read all keys or a support of their own. A call with one query after a
             non-empty cache counts as generated.
         record_support: Keep every support, for `run.supports`.
@@ -277,8 +327,8 @@ def sparsify(
             f"selector must be a topmass selector such as OracleSelector(budget=2048), got {type(selector).__name__}."
         )
     # a name is checked even if every query of the prompt turns out dense
-    if backend != "auto" and backend not in (known := _dispatch.available("sparse_prefill")):
-        raise BackendUnavailableError(f"Unknown backend {backend!r} of 'sparse_prefill'; known: {', '.join(known)}.")
+    if backend != "auto":
+        _dispatch.known("sparse_prefill", backend)
     run = Run(selector, backend=backend, decode=decode, record_support=record_support)
     if isinstance(selector, IndexerSelector):
         check_indexer(selector.indexer, model)
@@ -297,16 +347,25 @@ def _join(parts: list[Support]) -> Support:
         raise ConfigError(f"{error} Between prompts call run.clear().") from error
 
 
-def _chunks(call: LayerCall, selector: Selector, rule: SupportRule) -> Iterator[tuple[int, int]]:
-    # boundaries at absolute positions, so that one query block is never split
-    q_len, start = call.q.shape[1], call.q_start
-    heads = selector.score_heads(call.q.shape[2], call.k.shape[2]) if call.q.is_cuda else None
-    step = rows_that_fit(call.q, call.k.shape[1], heads=heads, multiple=rule.granularity.q_block)
-    lo = 0
-    while lo < q_len:
-        hi = min((start + lo) // step * step + step - start, q_len)
-        yield lo, hi
-        lo = hi
+def _crossover(rule: SupportRule) -> int:
+    # where dense attention is the faster one, and not only what the budget covers anyway; no query block is cut
+    plain = rule.budget is not None and rule.budget.mass is None
+    covered = rule.budget.tokens or 0 if plain and rule.budget else 0
+    return rule.dense_below // rule.granularity.q_block * rule.granularity.q_block if rule.dense_below > covered else 0
+
+
+def _most_queries(call: LayerCall, selector: Selector, rule: SupportRule) -> int:
+    """Queries, a multiple of `q_block`, whose ids and scores fit the workspace; ops cap what they need beside."""
+    b, _, q_heads, _ = call.q.shape
+    kv_len, kv_heads, g = call.k.shape[1], call.k.shape[2], rule.granularity.q_block
+    heads = selector.score_heads(q_heads, kv_heads)
+    if heads and not call.q.is_cuda:
+        # plain PyTorch keeps several copies
+        heads = q_heads
+    wanted = int(rule.groups_wanted(rule.block_starts(kv_len - 1, 1)))
+    ids = 4 * wanted * rule.granularity.share_heads(q_heads, kv_heads) / g
+    query_bytes = b * (heads * kv_len * max(call.q.element_size(), 4) + ids)
+    return max(int(workspace(call.q) / query_bytes) // g if query_bytes else call.k.shape[1] // g + 1, 1) * g
 
 
 def _dense(call: LayerCall) -> Tensor:
@@ -318,10 +377,10 @@ def _causal_keys(call: LayerCall) -> int:
     return call.q.shape[0] * (first + last) * (last - first + 1) // 2
 
 
-def _count_sparse(rule: SupportRule, q_start: int, q_len: int) -> int:
-    t = torch.arange(q_start, q_start + q_len)
-    starts = t // rule.granularity.q_block * rule.granularity.q_block
-    return int((t + 1 > rule.dense_len(starts)).sum())
+def _told(r: LayerReceipt) -> str:
+    chosen = f", selected by {r.selected_by}" if r.selection else ""
+    reason = f", {r.reason}" if r.reason else ""
+    return f"layer {r.layer}: {r.mode}, {r.backend}, {r.keys_read_mean:.1f} keys/query{chosen}{reason}"
 
 
 def _within(rule: SupportRule) -> str:

@@ -1,6 +1,6 @@
 """vLLM's attention layer with an index projection beside it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -146,6 +146,9 @@ def attach(model: Any, vllm_config: VllmConfig) -> set[str]:
         ConfigError: The indexer does not fit the model.
         UnsupportedModelError: An attention layer cannot carry index keys.
     """
+    if versions.wants_floor(vllm_config):
+        copy_values(model)
+        return set()
     service = versions.open_engine(vllm_config)
     if service is None:
         return set()
@@ -176,3 +179,23 @@ def attach(model: Any, vllm_config: VllmConfig) -> set[str]:
         raise ConfigError(f"The attention layers need one shape of pages, got {len(layouts)}.")
     versions.hold(found[0][1].attn.attn_backend, layouts.pop(), vllm_config, service)
     return names
+
+
+def copy_values(model: Any) -> None:
+    """Have the attention of every batch with a prompt copy values: what no attention at all would cost. Tokens mean nothing."""
+    for module in model.modules():
+        if type(module) in model.swaps:
+            module.attn.impl.forward = _copying(module.attn.impl.forward)
+
+
+def _copying(original: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(
+        layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, attn_metadata: Any, **kwargs: Any
+    ) -> Any:
+        # one token a request: decoding, which stays as it is
+        if attn_metadata is None or attn_metadata.max_query_len == 1:
+            return original(layer, query, key, value, kv_cache, attn_metadata, **kwargs)
+        out, value = kwargs["output"].view_as(query), value.view(value.shape[0], -1, query.shape[-1])
+        return out.copy_(value.repeat_interleave(query.shape[1] // value.shape[1], 1))
+
+    return forward

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from topmass.errors import ConfigError
 from topmass.integrations.vllm.batch import Batch, Part, Step, first_sparse
+from topmass.integrations.vllm.metrics import Counters
 from topmass.integrations.vllm.pages import PageLayout
 from topmass.integrations.vllm.receipts import Receipts
 from topmass.integrations.vllm.settings import Settings
 from topmass.ops import index_topk, sparse_prefill
 from topmass.ops._logits import rows_that_fit
 from topmass.ops.sparse_prefill.interface import resolve_backend
-from topmass.selection.indexer import Indexer, IndexerSelector, LayerIndexer, ModelFingerprint
+from topmass.selection.indexer import IndexerSelector, LayerIndexer, ModelFingerprint
 
 __all__ = ["Arithmetic", "LayerServer", "Service", "open_service"]
 
@@ -120,6 +121,7 @@ class Service:
         receipts: What ran.
         step: Requests of the forward that is being prepared; `None` while vLLM measures or captures.
         guarded: A batch in which one token of a prompt selects is kept out of the CUDA graphs of decoding.
+        counters: What `/metrics` shows; `None` if nobody asks.
 
     Raises:
         ConfigError: The settings contradict each other or the indexer.
@@ -128,10 +130,11 @@ class Service:
 
     def __init__(self, settings: Settings, *, device: str, say: Callable[[str], Any] | None = None) -> None:
         self.settings = settings
-        self.indexer = Indexer.load(settings.indexer)
+        self.indexer = settings.open()
         self.selector = settings.selector(self.indexer, device)
         self.step: Step | None = None
         self.guarded = False
+        self.counters: Counters | None = None
         info = self.indexer.info
         rules = {i: self.selector.rule(i) for i in info.fingerprint.full_layers}
         self.receipts = Receipts(rules, path=settings.receipts, say=say, log_every=settings.log_every)
@@ -183,6 +186,12 @@ class Service:
         batch = Batch.plan(self.step, query_start, seq_lens, sparse_decode=self.settings.decode == "sparse")
         self.receipts.add(batch)
         return batch
+
+    def end_step(self) -> None:
+        """Forget the requests of a forward that ended, and show what it did."""
+        self.step = None
+        if self.counters is not None:
+            self.counters.write(self.receipts)
 
     def _tell(self, line: str) -> None:
         if self._say is not None:

@@ -1,4 +1,4 @@
-"""What a user sets: the table `topmass` of `--additional-config`, or a TOML file with the same keys."""
+"""What a user sets: the table `topmass` of `--additional-config`, a TOML file with the same keys, or one of `topmass frontier`."""
 
 import difflib
 import tomllib
@@ -11,7 +11,8 @@ from topmass.core.budget import Budget, BudgetLike
 from topmass.core.granularity import Granularity
 from topmass.core.plan import Plan
 from topmass.errors import ConfigError
-from topmass.selection.indexer import Indexer, IndexerSelector
+from topmass.selection.indexer import Indexer, IndexerSelector, load_indexer, load_reference_indexer
+from topmass.selection.saved import VERSION
 
 __all__ = ["Settings"]
 
@@ -34,6 +35,7 @@ class Settings:
         backend: Kernel backend of the sparse attention: `"auto"`, or a name, which never falls back.
         receipts: JSON lines file that a receipt of every finished request is appended to. `None` writes none.
         log_every: Seconds between two log lines with the totals; 0 logs none.
+        indexer_digest: Digest that the indexer has to have. `None` takes any.
 
     Raises:
         ConfigError: A value is out of range or contradicts another.
@@ -56,11 +58,12 @@ class Settings:
     backend: str = "auto"
     receipts: str | None = None
     log_every: float | int = 60.0
+    indexer_digest: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("indexer", "plan", "backend", "receipts"):
+        for name in ("indexer", "plan", "backend", "receipts", "indexer_digest"):
             value = getattr(self, name)
-            if not (isinstance(value, str) and value) and not (value is None and name in ("plan", "receipts")):
+            if not (isinstance(value, str) and value) and not (value is None and name not in ("indexer", "backend")):
                 raise ConfigError(f"{name} must be a text that is not empty, got {value!r}.")
         if self.budget is not None:
             object.__setattr__(self, "budget", Budget.parse(self.budget))
@@ -79,7 +82,8 @@ class Settings:
         if self.granularity.get("q_block", 1) != 1:
             raise ConfigError(
                 f"q_block={self.granularity['q_block']} cannot be served: the scheduler cuts prompts anywhere, and a block of "
-                "queries that is cut would select twice; use q_block=1."
+                "queries that is cut would select twice; use q_block=1 "
+                '("granularity": {"q_block": 1} beside a configuration that was timed in blocks).'
             )
         if isinstance(self.log_every, bool) or not isinstance(self.log_every, int | float) or self.log_every < 0:
             raise ConfigError(f"log_every must be a number of seconds of at least 0, got {self.log_every!r}.")
@@ -99,7 +103,7 @@ class Settings:
             raise ConfigError(f"'topmass' in --additional-config must be a table, got {table!r}.")
         given = dict(table)
         if (file := given.pop("config", None)) is not None:
-            given = _read(Path(str(file))) | given
+            given = _merge(_read(Path(str(file))), given)
         known = [f.name for f in fields(cls)]
         for key in given:
             if key not in known:
@@ -109,6 +113,21 @@ class Settings:
         if "indexer" not in given:
             raise ConfigError("'topmass' in --additional-config needs 'indexer', the directory of a distilled indexer.")
         return cls(**given)
+
+    def open(self) -> Indexer:
+        """The indexer; `"reference"` is that of the reference checkpoint.
+
+        Raises:
+            ConfigError: It is not the one that the settings were measured with.
+            DataError: It is missing or damaged.
+        """
+        indexer = load_reference_indexer() if self.indexer == "reference" else load_indexer(self.indexer)
+        if self.indexer_digest not in (None, indexer.digest):
+            raise ConfigError(
+                f"The indexer in {self.indexer} has the digest {indexer.digest}, the settings were measured with "
+                f"{self.indexer_digest}; give the directory of that one."
+            )
+        return indexer
 
     def selector(self, indexer: Indexer, device: str) -> IndexerSelector:
         """The selector that these settings describe.
@@ -152,7 +171,53 @@ class Settings:
         return table[device]
 
 
+def _merge(file: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a file, with those beside it in front."""
+    # a budget and a plan each take the other's place, and another indexer needs no digest
+    for key, other in (("budget", "plan"), ("plan", "budget"), ("indexer", "indexer_digest")):
+        if key in given:
+            file.pop(other, None)
+    parts = [table.get("granularity", {}) for table in (file, given)]
+    both = all(isinstance(part, Mapping) for part in parts)
+    return file | given | ({"granularity": {**parts[0], **parts[1]}} if both and any(parts) else {})
+
+
 def _read(path: Path) -> dict[str, Any]:
+    table = _parse(path)
+    return _of_frontier(path, table) if "selector" in table else table
+
+
+# keys of a frontier's [selector] that are settings here under the same name
+_SAME = ("indexer_digest", "budget", "sink", "window", "dense_below")
+
+
+def _of_frontier(path: Path, table: dict[str, Any]) -> dict[str, Any]:
+    """The settings in a file that `topmass frontier --toml` wrote."""
+    if table.get("version") != VERSION or not isinstance(table["selector"], Mapping):
+        raise ConfigError(
+            f"{path} is not a selector of version {VERSION}; write it with `topmass frontier --toml` of this topmass."
+        )
+    chosen = dict(table["selector"])
+    if (name := chosen.pop("name", None)) != "indexer":
+        hint = (
+            "leave 'topmass' out of --additional-config" if name == "dense" else "recommend an indexer's configuration"
+        )
+        raise ConfigError(f"{path} recommends {name!r}, and vLLM serves indexers alone; {hint}.")
+    if (share := chosen.pop("share", "layer")) != "layer":
+        raise ConfigError(f"{path} shares a selection by {share!r}; an indexer selects once for all heads of a layer.")
+    where = chosen.pop("indexer", None)
+    found = {key: chosen.pop(key) for key in _SAME if key in chosen}
+    unit = {key: chosen.pop(key) for key in ("q_block", "kv_block") if key in chosen}
+    if chosen:
+        raise ConfigError(
+            f"{path}: unknown key {min(chosen)!r} in [selector]; write it with `topmass frontier --toml`."
+        )
+    if isinstance(where, str):
+        found["indexer"] = str(beside) if (beside := path.parent / where).is_dir() else where
+    return found | ({"granularity": unit} if unit else {})
+
+
+def _parse(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -13,17 +13,30 @@ and are asked in a wrapper around one of their methods.
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from topmass.errors import ConfigError, UnsupportedModelError
+from topmass.errors import ConfigError, TopmassError, UnsupportedModelError
 from topmass.integrations.vllm.batch import Step
+from topmass.integrations.vllm.metrics import Counters, expose
 from topmass.integrations.vllm.pages import PageLayout
 from topmass.integrations.vllm.service import Service, open_service
 from topmass.integrations.vllm.settings import Settings
 from topmass.selection.indexer import ModelFingerprint
 
-__all__ = ["MODELS", "check_engine", "hold", "open_engine", "register", "run_attention", "service_of"]
+__all__ = [
+    "FLOOR",
+    "MODELS",
+    "check_engine",
+    "hold",
+    "kv_cache_use",
+    "open_engine",
+    "register",
+    "run_attention",
+    "service_of",
+    "wants_floor",
+]
 
 _PACKAGE = "topmass.integrations.vllm"
 MODELS = {
@@ -33,6 +46,9 @@ MODELS = {
     "Qwen3_5ForCausalLM": f"{_PACKAGE}.models.qwen3_5:Qwen3_5ForCausalLM",
 }
 """Class of ours by architecture, as `config.json` names it."""
+
+FLOOR = "topmass_floor"
+"""Key of `--additional-config` that replaces the attention of prompts by a copy of the values: a bound for benchmarks."""
 
 _HELD = "_topmass_service"
 _RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
@@ -65,14 +81,18 @@ def open_engine(vllm_config: Any) -> Service | None:
     from vllm.logger import init_logger
     from vllm.platforms import current_platform
 
-    parallel = vllm_config.parallel_config
     return open_service(
         vllm_config.additional_config,
         device=current_platform.get_device_name(),
         say=init_logger("vllm.topmass").info,
-        # every rank of a tensor-parallel group does the same
-        keep=getattr(parallel, "rank", 0) % max(parallel.tensor_parallel_size, 1) == 0,
+        keep=_speaks(vllm_config),
     )
+
+
+def _speaks(vllm_config: Any) -> bool:
+    """True for one rank of a tensor-parallel group, all of which do the same."""
+    parallel = vllm_config.parallel_config
+    return getattr(parallel, "rank", 0) % max(parallel.tensor_parallel_size, 1) == 0
 
 
 def service_of(vllm_config: Any) -> Service | None:
@@ -86,6 +106,31 @@ def service_of(vllm_config: Any) -> Service | None:
     return held
 
 
+def wants_floor(vllm_config: Any) -> bool:
+    """True for an engine that copies values in the place of the attention of prompts.
+
+    Raises:
+        ConfigError: It is to serve an indexer, too.
+    """
+    additional = vllm_config.additional_config
+    if not isinstance(additional, Mapping) or not additional.get(FLOOR):
+        return False
+    if "topmass" in additional:
+        raise ConfigError(
+            f"'{FLOOR}' in --additional-config computes no attention to serve sparse; leave it or 'topmass' out."
+        )
+    return True
+
+
+def _check_family(vllm_config: Any) -> None:
+    architectures = list(getattr(vllm_config.model_config.hf_config, "architectures", None) or [])
+    if not set(architectures) & set(MODELS):
+        raise UnsupportedModelError(
+            f"topmass does not serve {', '.join(architectures) or 'this model'} in vLLM; it serves {', '.join(sorted(MODELS))}. "
+            "Leave 'topmass' out of --additional-config to serve it dense."
+        )
+
+
 def check_engine(vllm_config: Any, service: Service) -> None:
     """Refuse an engine that cannot serve its indexer exactly.
 
@@ -93,13 +138,8 @@ def check_engine(vllm_config: Any, service: Service) -> None:
         ConfigError: An option of vLLM's is in the way, or the indexer does not fit the model.
         UnsupportedModelError: No class of ours serves the model.
     """
+    _check_family(vllm_config)
     model = vllm_config.model_config
-    architectures = list(getattr(model.hf_config, "architectures", None) or [])
-    if not set(architectures) & set(MODELS):
-        raise UnsupportedModelError(
-            f"topmass does not serve {', '.join(architectures) or 'this model'} in vLLM; it serves {', '.join(sorted(MODELS))}. "
-            "Leave 'topmass' out of --additional-config to serve it dense."
-        )
     backends = vllm_config.attention_config
     chosen = (getattr(backends, "backend_per_kind", None) or {}).get("full_attention") or backends.backend
     if chosen is None or chosen.name != "CUSTOM":
@@ -140,6 +180,23 @@ def hold(backend: Any, layout: PageLayout, vllm_config: Any, service: Service) -
     vllm_config.additional_config["topmass_indexer"] = service.indexer.digest
     answers = [_ask(sys.modules[name].GPUModelRunner) for name in _RUNNERS if name in sys.modules]
     service.guarded = all(answers)
+    if _speaks(vllm_config):
+        names = vllm_config.model_config.served_model_name
+        engine = getattr(vllm_config.parallel_config, "data_parallel_index", 0)
+        # vLLM's own labels
+        service.counters = Counters.here(
+            {"model_name": names if isinstance(names, str) else str(names[0]), "engine": str(engine)}
+        )
+
+
+def kv_cache_use(engine: Any) -> tuple[float, int]:
+    """Share of the KV cache that requests hold now, and the same in bytes, of an `LLMEngine` whose core is in this process."""
+    scheduler = engine.engine_core.engine_core.scheduler
+    pool, groups = scheduler.kv_cache_manager.block_pool, scheduler.kv_cache_config.kv_cache_groups
+    # one block is never given to a request; a block of each group is as large as the largest
+    used, total = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(), pool.num_gpu_blocks - 1
+    size = max((g.kv_cache_spec.page_size_bytes * len(g.layer_names) for g in groups), default=0)
+    return used / total, used * size
 
 
 def run_attention(attn: Any, query: Any, key: Any, value: Any, out: Any) -> None:
@@ -159,8 +216,25 @@ def run_attention(attn: Any, query: Any, key: Any, value: Any, out: Any) -> None
 def _check_after(original: Callable[..., Any], vllm_config: Any) -> None:
     original(vllm_config)
     # before anything is loaded, in the process that the user started
-    if vllm_config.model_config is not None and (service := open_engine(vllm_config)) is not None:
-        check_engine(vllm_config, service)
+    if vllm_config.model_config is None:
+        return
+    try:
+        if wants_floor(vllm_config):
+            _check_family(vllm_config)
+        if (service := open_engine(vllm_config)) is not None:
+            check_engine(vllm_config, service)
+            expose()
+    except TopmassError as error:
+        if _is_command():
+            # one line in the place of pydantic's, asyncio's and vLLM's own frames
+            sys.exit(f"topmass: error: {error}")
+        raise
+
+
+def _is_command() -> bool:
+    """True in a process that was started as `vllm` or `python -m vllm...`: nobody there could catch an error."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return Path(sys.argv[0]).name == "vllm" or (spec is not None and spec.name.startswith("vllm."))
 
 
 def _let_choose(custom: Any, original: Callable[..., Any], selected: Any, *args: Any, **kwargs: Any) -> Any:
@@ -224,7 +298,7 @@ def _execute_model(service: Service, original: Any, runner: Any, scheduled: Any,
     try:
         return original(scheduled, *args, **kwargs)
     finally:
-        service.step = None
+        service.end_step()
 
 
 def _prepare_inputs(service: Service, original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,12 +1,10 @@
 """Definition of attention mass in plain PyTorch."""
 
-from collections.abc import Iterator
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from topmass.core.granularity import Granularity, Share
+from topmass.core.granularity import Granularity, Share, split_queries
 from topmass.core.rule import SupportRule
 from topmass.ops._logits import causal_logits, rows_that_fit, softmax_and_normaliser
 from topmass.ops.topk_support.reference import pool_scores_reference
@@ -30,7 +28,9 @@ def attention_mass_reference(
     """Pooled mass and what each row sums to; a few whole query blocks at a time, beside the result."""
     settings = {"scale": scale, "softcap": softcap, "sinks": sinks, "share": granularity.share}
     scores, totals = [], []
-    for rows in _chunks(q, k.shape[1], 0 if positions is not None else q_start, granularity.q_block):
+    step = rows_that_fit(q, k.shape[1], multiple=granularity.q_block)
+    for lo, hi in split_queries(0 if positions is not None else q_start, q.shape[1], step):
+        rows = slice(lo, hi)
         start, where = q_start + rows.start, None if positions is None else positions[rows]
         mass = _mass(q[:, rows], k, None if lse is None else lse[:, rows], q_start=start, positions=where, **settings)
         totals.append(mass.sum(-1))
@@ -58,16 +58,6 @@ def average_heads(
         return p.mean(1, keepdim=True)
     b, h, q_len, kv_len = p.shape
     return torch.mean(p.view(b, kv_heads, h // kv_heads, q_len, kv_len), 2)
-
-
-def _chunks(q: Tensor, kv_len: int, q_start: int, multiple: int) -> Iterator[slice]:
-    # boundaries at absolute positions, so that one query block is never split
-    q_len, step = q.shape[1], rows_that_fit(q, kv_len, multiple=multiple)
-    lo = 0
-    while lo < q_len or lo == 0:
-        hi = min((q_start + lo) // step * step + step - q_start, q_len)
-        yield slice(lo, hi)
-        lo = max(hi, 1)
 
 
 def _mass(

@@ -1,14 +1,11 @@
 """Dense attention with its normaliser, from each kernel that returns one."""
 
-import importlib
-import importlib.util
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from topmass.ops._logits import causal_logits, rows_that_fit, softmax_and_normaliser, weighted_values
+from topmass.ops.dense_prefill import _flash3
 
 __all__ = ["cudnn", "flash2", "flash3", "reference", "why_not_cudnn", "why_not_flash2", "why_not_flash3"]
 
@@ -77,8 +74,8 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | Non
 
 def why_not_flash3(q: Tensor, k: Tensor, v: Tensor, **settings: object) -> str | None:
     """Return why FlashAttention-3 cannot run the call, or `None`."""
-    if importlib.util.find_spec("flash_attn_interface") is None:
-        return "needs the package flash_attn_interface, built from FlashAttention's hopper folder."
+    if reason := _flash3.why_not_installed():
+        return reason
     if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] != 9:
         return "needs a Hopper GPU."
     return _why_not_fused(q, k, v)
@@ -86,13 +83,8 @@ def why_not_flash3(q: Tensor, k: Tensor, v: Tensor, **settings: object) -> str |
 
 def flash3(q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None, sinks: Tensor | None) -> _OutAndLse:
     """FlashAttention-3, causal to the lower right."""
-    settings: dict[str, Any] = {"softmax_scale": scale, "causal": True, "softcap": softcap or 0.0}
-    attend = importlib.import_module("flash_attn_interface").flash_attn_func
-    try:
-        out, lse, *_ = attend(q, k, v, return_attn_probs=True, **settings)
-    except TypeError:  # before that argument it returned the normaliser always
-        out, lse, *_ = attend(q, k, v, **settings)
-    return _with_sinks(out, lse.transpose(1, 2), sinks)
+    out, lse = _flash3.flash3(q, k, v, scale=scale, softcap=softcap)
+    return _with_sinks(out, lse, sinks)
 
 
 def _why_not_fused(q: Tensor, k: Tensor, v: Tensor) -> str | None:

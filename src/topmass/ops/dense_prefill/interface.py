@@ -45,12 +45,14 @@ def dense_prefill(
     if q_len == kv_len or q_len == 1:
         out = F.scaled_dot_product_attention(qt, kt, vt, is_causal=q_len > 1, scale=scale, enable_gqa=gqa)
     else:
-        bias = causal_lower_right(q_len, kv_len)
-        if q.is_cuda and gqa:
-            kt, vt = (x.repeat_interleave(q.shape[2] // k.shape[2], 1) for x in (kt, vt))
-        elif not q.is_cuda:
+        if not q.is_cuda:
             return _lse.reference(q, k, v, scale=scale, softcap=None, sinks=None)[0]
-        out = F.scaled_dot_product_attention(qt, kt, vt, attn_mask=bias, scale=scale)
+        if _lse.why_not_flash2(q, k, v, softcap=None) is None:
+            return _lse.flash2(q, k, v, scale=scale, softcap=None, sinks=None)[0]
+        # float32: the kernels that align to the lower right take as many heads of keys as of queries
+        if gqa:
+            kt, vt = (x.repeat_interleave(q.shape[2] // k.shape[2], 1) for x in (kt, vt))
+        out = F.scaled_dot_product_attention(qt, kt, vt, attn_mask=causal_lower_right(q_len, kv_len), scale=scale)
     return out.transpose(1, 2)
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from topmass.core.rule import SupportRule
 from topmass.core.support import Support
-from topmass.ops._triton_common import half_on_gpu, on_device
+from topmass.ops._triton_common import INTERPRETED, half_on_gpu, on_device
+from topmass.ops.index_topk.reference import FLOAT8
 from topmass.ops.topk_support._triton import candidates, select_rows
 
 __all__ = ["index_topk_triton", "why_not"]
@@ -26,34 +27,49 @@ UNIT = 64
 
 
 def why_not(
-    iq: Tensor, ik: Tensor, *, rule: SupportRule, q_start: int, reduce: str, score_dtype: torch.dtype
-) -> str | None:
+    iq: Tensor, ik: Tensor, *, rule: SupportRule, reduce: str | None, score_dtype: torch.dtype,
+    page_table: Tensor | None = None, **settings: object,
+) -> str | None:  # fmt: skip
     """Return why this kernel cannot run the call, or `None`."""
-    if reason := half_on_gpu(iq, ik):
+    if reason := half_on_gpu(iq, ik, also=FLOAT8):
         return reason
+    if iq.dtype == FLOAT8 and not INTERPRETED and torch.cuda.get_device_capability(iq.device) < (8, 9):
+        return "needs a GPU of compute capability 8.9 or newer for float8."
+    if page_table is not None and page_table.device != ik.device:
+        return f"needs the page table beside the keys, got one on {page_table.device} and keys on {ik.device}."
     if score_dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"rounds scores to float16, bfloat16 or float32, not {score_dtype}."
     if rule.budget is None or rule.budget.mass is not None:
         return "takes a fixed number of groups, not a mass budget or none."
-    shared = rule.granularity.q_block * triton.next_power_of_2(iq.shape[2])
+    shared = _together(rule, reduce) * triton.next_power_of_2(iq.shape[2])
     if shared > 2 * ROWS:
         return f"supports up to {2 * ROWS} query heads in a block, got {shared}."
     return None
 
 
-@triton.jit(do_not_specialize=["TQ", "NG", "CHUNK", "BLOCK0", "T0", "FIRST", "UNITS"])
+def _together(rule: SupportRule, reduce: str | None) -> int:
+    """Rows of queries that the kernel reduces to one."""
+    return 1 if reduce is None else rule.granularity.q_block
+
+
+@triton.jit(
+    do_not_specialize=["sp_b", "TQ", "CHUNK", "BLOCK0", "T0", "FIRST", "UNITS"],
+    do_not_specialize_on_alignment=["pages"],
+)
 @no_type_check
 def _scores_kernel(
-    iq, ik, stops, scores, scale,
-    sq_b, sq_t, sq_h, sk_b, sk_n,
-    TQ, NG, CHUNK, BLOCK0, T0, FIRST, UNITS,
+    iq, ik, stops, pages, scores, scale,
+    sq_b, sq_t, sq_h, sk_b, sk_n, sp_b,
+    TQ, CHUNK, BLOCK0, T0, FIRST, UNITS,
     H: tl.constexpr, HP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, MAX: tl.constexpr, ROUND: tl.constexpr, LARGEST: tl.constexpr,
-    UNIT: tl.constexpr,
+    UNIT: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     # BM rows of queries and heads, heads innermost; BQ queries; BB whole query blocks
     BQ: tl.constexpr = BM // HP
     BB: tl.constexpr = BQ // G
+    # the maximum over queries of a single head
+    GREATEST: tl.constexpr = MAX and HP == 1 and G > 1
     i_n, i_m, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     # the last block sees most
     stop = tl.load(stops + BLOCK0 + tl.minimum((i_m + 1) * BB, CHUNK) - 1)
@@ -65,22 +81,37 @@ def _scores_kernel(
         t0 = T0 + i_m * BQ
         o_t, o_h = (t0 + o_r // HP).to(tl.int64), o_r % HP
         m_r = (o_t >= 0) & (o_t < TQ) & (o_h < H)
+        if GREATEST:
+            # an absent query stands in for the nearest of its block, which changes no maximum
+            o_t = tl.minimum(tl.maximum(o_t, 0), TQ - 1)
+            m_r = o_h < H
         # [BM, BD]
         b_q = tl.load(iq + i_b * sq_b + (o_t * sq_t + o_h * sq_h)[:, None] + o_d[None, :], mask=m_r[:, None] & (o_d < D)[None, :], other=0.0)
-        p_k = ik + i_b * sk_b
         p_s = scores + (i_b * CHUNK + o_bb) * UNITS * UNIT
         for n in range(begin, end, BN):
             o_n = n + o_bn
-            # [BN, BD]
-            b_k = tl.load(p_k + o_n.to(tl.int64)[:, None] * sk_n + o_d[None, :], mask=(o_n < NG)[:, None] & (o_d < D)[None, :], other=0.0)
+            # [BN]; where the keys lie
+            if PAGE:
+                o_page = tl.load(pages + i_b * sp_b + o_n // PAGE, mask=o_n < stop, other=0).to(tl.int64)
+                o_k = o_page * sk_b + (o_n % PAGE).to(tl.int64) * sk_n
+            else:
+                o_k = i_b * sk_b + o_n.to(tl.int64) * sk_n
+            # [BN, BD]; no query of the tile may read past `stop`
+            b_k = tl.load(ik + o_k[:, None] + o_d[None, :], mask=(o_n < stop)[:, None] & (o_d < D)[None, :], other=0.0).to(b_q.dtype)
             m_n = o_n < UNITS * UNIT
             if G * HP == 1:
                 # [BM, BN]
-                b_s = _rounded(tl.dot(b_q, tl.trans(b_k)) * scale, ROUND, LARGEST)
+                # 0: tensor cores add few products of float8 before float32 takes over
+                b_s = _rounded(tl.dot(b_q, tl.trans(b_k), max_num_imprecise_acc=0) * scale, ROUND, LARGEST)
                 tl.store(p_s[:, None] + o_n[None, :], b_s, mask=(o_bb < CHUNK)[:, None] & m_n[None, :])
+            elif GREATEST:
+                # rounding and a positive scale keep the order: only the greatest is scaled and rounded
+                b_s = tl.dot(b_k, tl.trans(b_q), max_num_imprecise_acc=0)
+                b_s = _rounded(tl.max(tl.reshape(b_s, [BN, BB, G]), 2) * scale, ROUND, LARGEST)
+                tl.store(p_s[None, :] + o_n[:, None], b_s, mask=(o_bb < CHUNK)[None, :] & m_n[:, None])
             else:
                 # [BN, BM]: what is summed lies beside each other
-                b_s = tl.dot(b_k, tl.trans(b_q)) * scale
+                b_s = tl.dot(b_k, tl.trans(b_q), max_num_imprecise_acc=0) * scale
                 if HP > 1:
                     b_s = tl.sum(tl.reshape(tl.where(b_s > 0, b_s, 0.0), [BN, BQ, HP]), 2)
                 b_s = _rounded(b_s, ROUND, LARGEST)
@@ -107,30 +138,39 @@ def _rounded(b_s, ROUND: tl.constexpr, LARGEST: tl.constexpr):
 
 @on_device
 def index_topk_triton(
-    iq: Tensor, ik: Tensor, *, rule: SupportRule, q_start: int, reduce: str, score_dtype: torch.dtype
-) -> Support:
+    iq: Tensor, ik: Tensor, *, rule: SupportRule, q_start: int, q_len: int, reduce: str | None, score_dtype: torch.dtype,
+    page_table: Tensor | None = None,
+) -> Support:  # fmt: skip
     """Launch the kernels; same contract as `index_topk_reference`, but a NaN score ranks lowest and raises nothing."""
-    B, TQ, H, _ = iq.shape
-    first, stops, wants, _, wanted = candidates(rule, q_start, TQ, iq.device)
+    B, H = iq.shape[0], iq.shape[2]
+    page_table = page_table if page_table is None else page_table.contiguous()
+    first, stops, wants, _, wanted = candidates(rule, q_start, q_len, iq.device)
     groups = torch.empty(B, stops.numel(), wanted, dtype=torch.int32, device=iq.device)
     counts = torch.zeros(B, stops.numel(), dtype=torch.int32, device=iq.device)
     if wanted and B:
-        pooled = torch.float32 if rule.granularity.q_block > 1 and reduce == "mean" else score_dtype
-        for b, block, rows, stop in _chunks(rule, q_start, TQ, B, heads=H, size=pooled.itemsize):
+        pooled = torch.float32 if reduce == "mean" else score_dtype
+        tile = _tile(rule, H, reduce)
+        per_block = triton.next_power_of_2(H) * _together(rule, reduce)
+        for b, block, rows, stop in _chunks(rule, q_start, q_len, B, tile=tile // per_block, size=pooled.itemsize):
             scores = torch.empty(b.stop - b.start, rows, triton.cdiv(stop, UNIT) * UNIT, dtype=pooled, device=iq.device)
-            _score(iq[b], ik[b], stops, scores, rule=rule, q_start=q_start, block=block, stop=stop, reduce=reduce,
-                   score_dtype=score_dtype)  # fmt: skip
+            keys, pages = (ik[b], None) if page_table is None else (ik, page_table[b])
+            _score(iq[b], keys, stops, scores, rule=rule, q_start=q_start, block=block, stop=stop, reduce=reduce,
+                   score_dtype=score_dtype, pages=pages)  # fmt: skip
             select_rows(scores, stops, wants, groups[b], counts[b], first=first, block=block, most=stop, wanted=wanted)
-    return Support.from_groups(groups[:, None], counts[:, None], rule=rule, q_start=q_start, q_len=TQ)
+    return Support.from_groups(groups[:, None], counts[:, None], rule=rule, q_start=q_start, q_len=q_len)
 
 
 def _chunks(
-    rule: SupportRule, q_start: int, q_len: int, batch: int, *, heads: int, size: int
+    rule: SupportRule, q_start: int, q_len: int, batch: int, *, tile: int, size: int
 ) -> Iterator[tuple[slice, int, int, int]]:
-    """Sequences, first block, blocks, and the end of their candidates: as much as the workspace holds of scores."""
+    """Sequences, first block, blocks, and the end of their candidates: as much as the workspace holds of scores.
+
+    Args:
+        tile: Blocks of a tile.
+        size: Bytes of a score.
+    """
     g = rule.granularity.q_block
     blocks = -(-(q_start + q_len) // g) - q_start // g
-    tile = _tile(g, heads) // (triton.next_power_of_2(heads) * g)
 
     def end_of(block: int) -> int:
         first, stop = rule.candidate_range(torch.tensor([(q_start // g + block) * g]))
@@ -152,18 +192,18 @@ def _chunks(
             yield b, end, rows, stop
 
 
-def _tile(q_block: int, heads: int) -> int:
-    """Rows of a tile: at least one query block."""
-    return max(q_block * triton.next_power_of_2(heads), ROWS)
+def _tile(rule: SupportRule, heads: int, reduce: str | None) -> int:
+    """Rows of a tile: at least those of one query block."""
+    return max(_together(rule, reduce) * triton.next_power_of_2(heads), ROWS)
 
 
 def _score(
     iq: Tensor, ik: Tensor, stops: Tensor, scores: Tensor, *, rule: SupportRule, q_start: int, block: int, stop: int,
-    reduce: str, score_dtype: torch.dtype,
+    reduce: str | None, score_dtype: torch.dtype, pages: Tensor | None,
 ) -> None:  # fmt: skip
     B, TQ, H, D = iq.shape
-    g = rule.granularity.q_block
-    hp, rows = triton.next_power_of_2(H), _tile(g, H)
+    g = _together(rule, reduce)
+    hp, rows = triton.next_power_of_2(H), _tile(rule, H, reduce)
     first = rule.sink_tokens // rule.granularity.kv_block
     # shared memory holds no more
     keys = KEYS if D <= 128 else KEYS // 2
@@ -171,10 +211,11 @@ def _score(
         triton.cdiv(stop - first // keys * keys, keys * TILES), triton.cdiv(scores.shape[1], rows // (hp * g)), B
     )  # fmt: skip
     _scores_kernel[grid](
-        iq, ik, stops, scores, D**-0.5, *iq.stride()[:3], *ik.stride()[:2],
-        TQ, ik.shape[1], scores.shape[1], block, block * g - q_start % g, first, scores.shape[2] // UNIT,
-        H=H, HP=hp, G=g, D=D, BD=max(triton.next_power_of_2(D), 16), BM=rows, BN=keys, TILES=TILES, MAX=reduce == "max",
+        iq, ik, stops, stops if pages is None else pages, scores, D**-0.5,
+        *iq.stride()[:3], *ik.stride()[:2], 0 if pages is None else pages.stride(0),
+        TQ, scores.shape[1], block, block * g - q_start % g, first, scores.shape[2] // UNIT,
+        H=H, HP=hp, G=g, D=D, BD=max(triton.next_power_of_2(D), 32), BM=rows, BN=keys, TILES=TILES, MAX=reduce == "max",
         ROUND=getattr(tl, str(score_dtype).removeprefix("torch.")),
         LARGEST=min(torch.finfo(score_dtype).max, torch.finfo(torch.float32).max), UNIT=UNIT,
-        num_warps=NUM_WARPS[hp * g > 1], num_stages=NUM_STAGES,
+        PAGE=0 if pages is None else ik.shape[1], num_warps=NUM_WARPS[hp * g > 1], num_stages=NUM_STAGES,
     )  # fmt: skip

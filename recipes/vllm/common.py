@@ -1,0 +1,161 @@
+"""What the recipes of this folder share: engines in this process, the reference checkpoint's prompts, and results as they come."""
+
+import gc
+import json
+import os
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+# read when vLLM is imported
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import topmass
+from topmass.eval.tasks import make_samples
+from topmass.eval.tasks.base import Sample
+
+ROOT = Path(topmass.__file__).parent / "assets"
+REFERENCE, INDEXER = ROOT / "reference", ROOT / "reference_indexer"
+TASKS = ("niah_single", "niah_uuid", "niah_multiquery", "variable_tracking", "niah_distractor")
+# few shapes to capture: the point is that graphs run, not every batch size
+GRAPHS = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]}
+
+
+class Clock:
+    """A time limit that parts of a run ask."""
+
+    def __init__(self, seconds: float):
+        self.start, self.seconds = time.monotonic(), seconds
+
+    @property
+    def used(self) -> float:
+        return time.monotonic() - self.start
+
+    def left(self, need: float = 0.0) -> bool:
+        """Whether `need` seconds are still there."""
+        return self.used + need < self.seconds
+
+
+class Store:
+    """Results by name in one JSON file, written after each."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.found
+
+    def __getitem__(self, name: str) -> Any:
+        return self.found[name]
+
+    def put(self, name: str, value: Any) -> Any:
+        self.found[name] = value
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.found))
+        temporary.replace(self.path)
+        return value
+
+
+def on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def engine(settings: dict[str, Any] | None, **options: Any) -> Any:
+    """An engine of the reference checkpoint: with an indexer if there are settings, else vLLM's own."""
+    from vllm import LLM
+
+    # for a source tree that is not installed, whose entry point nobody finds
+    from topmass.integrations.vllm import register
+
+    register()
+    extra: dict[str, Any] = {"gdn_prefill_backend": "triton"} if on_gpu() else {}
+    if settings is not None:
+        extra["topmass"] = {"indexer": str(INDEXER), **settings}
+        options["attention_config"] = {"backend": "CUSTOM"}
+    base = {
+        "model": str(REFERENCE),
+        "dtype": "bfloat16",
+        "skip_tokenizer_init": True,
+        "gpu_memory_utilization": 0.3,
+        "enable_prefix_caching": False,
+        "max_num_seqs": 16,
+        "seed": 0,
+    }
+    if on_gpu() and not options.get("enforce_eager"):
+        base["compilation_config"] = GRAPHS
+    return LLM(additional_config=extra, **{**base, **options})
+
+
+def close(llm: Any) -> None:
+    """Give an engine's memory back."""
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+    if on_gpu():
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+def receipts(llm: Any) -> Any:
+    """What ran sparse; nothing of the kind is an error, so that no dense run passes for a sparse one."""
+    from topmass.integrations.vllm import versions
+
+    found = versions.service_of(llm.llm_engine.vllm_config)
+    assert found is not None
+    assert found.receipts.backends, "no sparse kernel ran"
+    return found.receipts
+
+
+def generate(llm: Any, prompts: Sequence[Sequence[int]], tokens: int, stop: Sequence[int] = ()) -> list[list[int]]:
+    """Greedy continuations; without `stop` all of them have `tokens` tokens."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(
+        max_tokens=tokens, temperature=0, ignore_eos=not stop, stop_token_ids=list(stop), detokenize=False
+    )
+    outputs = llm.generate([{"prompt_token_ids": list(p)} for p in prompts], sampling, use_tqdm=False)
+    return [[t for t in o.outputs[0].token_ids if t not in stop] for o in outputs]
+
+
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(REFERENCE)
+
+
+def stops() -> list[int]:
+    """Tokens that end an answer."""
+    found = json.loads((REFERENCE / "generation_config.json").read_text()).get("eos_token_id")
+    return [] if found is None else [found] if isinstance(found, int) else list(found)
+
+
+def samples(total: int, length: int, *, questions: int = 5, seed: int = 0) -> list[Sample]:
+    """About `total` samples of several tasks, with `questions` questions a haystack where a task has as many."""
+    words, found = tokenizer(), []
+    for task in TASKS:
+        asked = min(questions, topmass.eval.tasks.get_task(task).max_questions)
+        need = -(-total // (len(TASKS) * asked))
+        found += make_samples(task, words, length=length, n=need, seed=seed, questions=asked)[: total // len(TASKS)]
+    return found
+
+
+def ids_of(words: Any, batch: Iterable[Sample]) -> list[list[int]]:
+    """Prompts as the evaluation makes them: context and question are tokenised apart."""
+    return [words(s.context)["input_ids"] + words(s.question, add_special_tokens=False)["input_ids"] for s in batch]
+
+
+def version() -> str:
+    import torch
+    import vllm
+
+    device = torch.cuda.get_device_name() if on_gpu() else "cpu"
+    return f"vLLM {vllm.__version__}, torch {torch.__version__}, {device}"

@@ -1,0 +1,136 @@
+"""Models for `topmass bench serve`: a directory as it is, or a shape with random weights, and an indexer for it."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from topmass.bench.models import MODELS, POSITIONS, is_shape
+from topmass.bench.serve import ServeSetting
+from topmass.bench.serve_engines import Launch
+from topmass.errors import ConfigError
+from topmass.integrations.transformers.reference import REFERENCE
+from topmass.selection.indexer import Indexer, IndexerConfig, ModelFingerprint, rotary_width
+
+__all__ = ["prepare", "untrained_indexer", "vocabulary_of", "write_shape"]
+
+# what vLLM calls the classes of transformers' model types
+_ARCHITECTURES = {"qwen3_5_text": "Qwen3_5ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+
+
+def prepare(
+    model: str,
+    setting: ServeSetting,
+    folder: Path,
+    *,
+    indexer: str | None = None,
+    dim: int = 64,
+    kv_block: int = 1,
+    say: Callable[[str], Any] = print,
+) -> tuple[Launch, dict[str, Any]]:
+    """How engines of a model are started, and what a manifest says of it.
+
+    Args:
+        model: A shape with random weights, `reference`, or a directory.
+        folder: Where a shape and an untrained indexer are written.
+        indexer: Directory, or `reference`. `None` takes what the setting's `config` names, else an untrained one.
+        dim: Width of an untrained indexer's queries and keys.
+        kv_block: Keys that it takes together.
+        say: Called with what people should know.
+
+    Raises:
+        ConfigError: There is no such model.
+    """
+    options: dict[str, Any] = {}
+    if shape := is_shape(model):
+        say(f"random weights in the shape of {model}: these rows say nothing of quality")
+        where, options = write_shape(model, folder / "model"), {"load_format": "dummy"}
+    else:
+        where = REFERENCE if model == "reference" else Path(model)
+        if not (where / "config.json").is_file():
+            raise ConfigError(f"There is no config.json in {where}; give a directory, `reference`, or a shape.")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        say("warning: on a CPU plain PyTorch is timed, which says nothing of any kernel")
+    elif setting.interleave:
+        options["gpu_memory_utilization"] = round(0.9 / len(setting.modes), 3)
+    if indexer is None and "config" not in setting.sparse and "sparse" in setting.modes:
+        say("no indexer was given: an untrained one is served, which costs the same")
+        indexer = str(untrained_indexer(where, folder / "indexer", dim=dim, kv_block=kv_block))
+    launch = Launch(model=str(where), vocabulary=vocabulary_of(where), indexer=indexer or "", options=options)
+    return launch, {"model": model, "weights_hash": None if shape else _digest(where), "device": device}
+
+
+def _digest(folder: Path) -> str:
+    """Hash of the files of weights."""
+    found = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
+
+
+def write_shape(name: str, folder: Path) -> Path:
+    """The configuration of a named shape, and a tokenizer of nothing but its ids, as a directory.
+
+    Raises:
+        ConfigError: There is no such shape.
+    """
+    from transformers import AutoConfig
+
+    if name not in MODELS:
+        raise ConfigError(f"Unknown shape {name!r}; known: {', '.join(MODELS)}.")
+    kind, settings = MODELS[name]
+    # vLLM sizes nothing by the positions that a model was made for but its RoPE tables
+    config = AutoConfig.for_model(kind, max_position_embeddings=POSITIONS // 4, **settings)
+    config.architectures = [_ARCHITECTURES[kind]]
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    _write_tokenizer(folder, int(settings["vocab_size"]))
+    return folder
+
+
+def _write_tokenizer(folder: Path, size: int) -> None:
+    """One word a token: a server cannot do without."""
+    words = {"[UNK]": 0, **{f"t{i}": i for i in range(1, size)}}
+    model = {"type": "WordLevel", "vocab": words, "unk_token": "[UNK]"}
+    parts = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor", "decoder"))
+    split = {"pre_tokenizer": {"type": "Whitespace"}, "added_tokens": [], "version": "1.0"}
+    (folder / "tokenizer.json").write_text(json.dumps({**split, **parts, "model": model}), encoding="utf-8")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+def _text(folder: str | Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(folder)).get_text_config()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{folder} is no model that transformers knows: {' '.join(str(error).split())[:200]}"
+        ) from error
+
+
+def vocabulary_of(model: str | Path) -> int:
+    """Tokens of a model's vocabulary.
+
+    Raises:
+        ConfigError: There is no such model.
+    """
+    return int(_text(model).vocab_size)
+
+
+def untrained_indexer(model: str | Path, folder: Path, *, dim: int = 64, kv_block: int = 1) -> Path:
+    """Save an untrained indexer for a model, which costs what a trained one costs."""
+    text = _text(model)
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    full = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
+    fingerprint = ModelFingerprint.from_config(text, full)
+    width = min(rotary_width(fingerprint), dim // 2 * 2)
+    config = IndexerConfig(hidden_size=text.hidden_size, dim=dim, rotary_dim=width, kv_block=kv_block)
+    Indexer.create(dict.fromkeys(full, config), fingerprint).save(folder)
+    return folder

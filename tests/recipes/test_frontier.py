@@ -1,0 +1,69 @@
+"""The frontier's recipe from end to end, and its verdict on kernels that disagree with arithmetic."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "frontier.py"
+TINY = ["--lengths", "1024", "--budgets", "64", "--q-blocks", "32", "--groups", "1", "--tasks", "majority"]
+TINY += ["--haystacks", "2", "--rounds", "1", "--workers", "1", "--seconds", "100000"]
+
+
+@pytest.fixture
+def frontier(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("frontier_recipe", RECIPE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "frontier_recipe", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(frontier: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["frontier.py", *arguments])
+    return frontier.main()
+
+
+@pytest.mark.slow
+def test_measure_and_finish(frontier: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("altair")
+    monkeypatch.setattr("topmass.bench.ttft.GATE", 80)
+    monkeypatch.setenv("PYTHONPATH", str(RECIPE.parents[1] / "src"))
+
+    assert run(frontier, monkeypatch, "measure", "--out", str(tmp_path), *TINY) == 0
+    status = run(frontier, monkeypatch, "finish", "--out", str(tmp_path))
+
+    found = json.loads((tmp_path / "realization.json").read_text())
+    # on a CPU both sides are plain PyTorch
+    assert (found["samples"], found["equal_predictions"]) == (2, 1.0)
+    assert found["realization_gap"]["low"] <= 0 <= found["realization_gap"]["high"]
+    assert status == 0
+    assert (tmp_path / "report" / "report.md").is_file()
+
+
+def row(haystack: int, prediction: str, score: float) -> dict:
+    return {
+        "task": "majority", "length": 1024, "seed": 11, "haystack": haystack, "question_id": 0, "config": "c", "prediction": prediction,
+        "score": score, "backend": "triton",
+    }  # fmt: skip
+
+
+def test_wrong_kernels_are_found(frontier: ModuleType) -> None:
+    arithmetic = [row(i, "red", 1.0) for i in range(40)]
+    kernels = [row(i, "blue" if i % 4 == 0 else "red", float(i % 4 > 0)) for i in range(40)]
+
+    found = frontier.realization(kernels, arithmetic)
+
+    assert not found["pass"]
+    assert found["equal_predictions"] == 0.75
+    assert found["realization_gap"]["low"] > 0
+    assert len(found["different"]) == 10
+
+
+def test_no_common_sample_is_no_pass(frontier: ModuleType) -> None:
+    assert not frontier.realization([row(0, "red", 1.0)], [row(1, "red", 1.0)])["pass"]

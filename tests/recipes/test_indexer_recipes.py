@@ -1,0 +1,196 @@
+"""The indexer's recipes: budgets, batches, checks that can fail, and the page made of result files."""
+
+import importlib
+import itertools
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from topmass.results import LoadedRun
+
+FOLDER = Path(__file__).parents[2] / "recipes" / "indexer"
+NAMES = ("common", "gaps", "page", "training")
+
+
+@pytest.fixture(scope="module")
+def recipes():
+    pytest.importorskip("transformers")
+    pytest.importorskip("pyarrow")
+    sys.path.insert(0, str(FOLDER))
+    try:
+        found = SimpleNamespace(**{name: importlib.import_module(name) for name in NAMES})
+        found.gaps.SAMPLES = 40
+        yield found
+    finally:
+        sys.path.remove(str(FOLDER))
+        for name in NAMES:
+            sys.modules.pop(name, None)
+
+
+SCORES = {
+    "dense": 0.95, "indexer": 0.95, "oracle": 0.95, "indexer shared": 0.9, "streaming": 0.3, "random": 0.3, "untrained": 0.2,
+}  # fmt: skip
+
+
+def rows_of(recipes, length, *, n, scores, budget):
+    """Records as gaps.py writes them; every sample has one difficulty, so that scores are paired."""
+    rng = np.random.default_rng(length)
+    rows = []
+    for task in recipes.common.list_tasks():
+        hard = rng.random(n)
+        for (label, score), h in itertools.product(scores.items(), range(n)):
+            selector = label.split(maxsplit=1)[0]
+            rows.append(
+                {
+                    "selector": selector, "budget": None if selector == "dense" else str(int(budget * length)),
+                    "q_block": 32 if label.endswith("shared") else 1, "kv_block": 1, "share": "layer", "pool": "sum", "sink": 0, "window": 1,
+                    "task": task, "length": length, "seed": 5, "haystack": h, "question_id": 0, "config": label, "dense_below": 0,
+                    "decode": "dense", "fingerprint": "", "status": "ok", "score": float(hard[h] < score), "prediction": "",
+                    "references": "[]", "prompt_tokens": length, "keys_read_mean": 1.0, "seconds": 0.1, "backend": "reference",
+                    "support_recall": None if label == "dense" else 0.8,
+                }
+            )  # fmt: skip
+    return rows
+
+
+def runs_of(recipes, tmp_path, *, n=40, budget="1/16", trained=8192, seed=5, lengths=(4096, 8192, 16384), **changes):
+    (tmp_path / "choice.json").write_text(json.dumps({"seed": 1001}))
+    shares = recipes.common.Shares.parse(budget)
+    found = []
+    for length in lengths:
+        rows = rows_of(recipes, length, n=n, scores={**SCORES, **changes}, budget=shares.mean)
+        manifest = {
+            "kind": "eval", "run_id": "x", "started": f"2026-01-01T00:00:{length % 60:02d}", "device": "a GPU", "seeds": {"tasks": seed},
+            "config": {"budget": budget, "length": length, "trained_length": trained},
+        }  # fmt: skip
+        found.append(LoadedRun(path=tmp_path / f"test-{length}", manifest=manifest, records=rows))
+    return found
+
+
+def failures(recipes, runs) -> set[str]:
+    nine = recipes.gaps.Found(runs, recipes.common.NINE)
+    ten = recipes.gaps.Found(runs)
+    return {c.name for c in recipes.gaps.checks(runs, nine, ten) if not c.holds}
+
+
+def test_shares_are_tokens_or_parts_of_the_visible_keys(recipes) -> None:
+    uniform, split = (recipes.common.Shares.parse(text) for text in ("1/16", "1/64,7/64"))
+    assert str(uniform.budget(4096, [3, 7])) == "256"
+    assert str(split.budget(4096, [3, 7], extra=16)) == "plan(3:80, 7:464, default:dense)"
+    assert split.tokens(4096) == uniform.tokens(4096) == 256
+    visible = recipes.common.Shares.parse("1/16v")
+    assert (str(visible), str(visible.budget(4096, [3, 7]))) == ("1/16v", "6.25%")
+
+
+@pytest.mark.parametrize("ends", [(300, 100, 50), (7,), (5, 5, 5), (1, 40)])
+def test_blocks_cover_every_haystack_once_and_fit(recipes, ends) -> None:
+    found = list(recipes.common.blocks(16384, ends, 524288))
+    assert [h for lo, hi in found for h in range(lo, hi)] == list(range(max(ends)))
+    assert all(0 < hi - lo <= 32 for lo, hi in found)
+    assert all(hi <= end or lo >= end for lo, hi in found for end in ends)
+
+
+def test_samples_in_parts_are_those_of_one_call(recipes) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(recipes.common.REFERENCE)
+    whole = recipes.common.make_samples("niah_single", tokenizer, length=512, n=3, seed=4)
+    (part,) = recipes.common.write_samples(("niah_single", 512, 2, 1, 4))
+    assert part[0] == whole[2]
+    known = recipes.common.Known(tokenizer, {part[0].context: part[1]})
+    assert known(part[0].context)["input_ids"] == tokenizer(part[0].context)["input_ids"]
+    assert known.pad_token_id == tokenizer.pad_token_id
+
+
+def test_a_good_indexer_passes_every_check(recipes, tmp_path) -> None:
+    assert failures(recipes, runs_of(recipes, tmp_path)) == set()
+
+
+@pytest.mark.parametrize(
+    ("changes", "failed"),
+    [
+        ({"indexer": 0.92}, {"indexer within 1 point", "the same, ten tasks", "the same at one length twice"}),
+        ({"streaming": 0.85}, {"streaming at least 15"}),
+        ({"random": 0.85}, {"random at least 15"}),
+        ({"untrained": 0.85}, {"untrained at least 15"}),
+        ({"budget": "1/16,3/32"}, {"budget at most 1/16"}),
+        ({"seed": 1001}, {"budget chosen on other seeds"}),
+        ({"n": 39}, {"40 samples"}),
+        ({"trained": 16384}, {"the same at one length twice"}),
+        ({"lengths": (4096, 16384)}, {"the three lengths"}),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_every_check_can_fail(recipes, tmp_path, changes, failed) -> None:
+    found = failures(recipes, runs_of(recipes, tmp_path, **changes))
+    assert {prefix for prefix in failed if any(name.startswith(prefix) for name in found)} == failed
+    assert all(any(name.startswith(prefix) for prefix in failed) for name in found)
+
+
+def test_gaps_are_steps_of_one_staircase(recipes, tmp_path) -> None:
+    found = recipes.gaps.Found(runs_of(recipes, tmp_path, oracle=0.93, indexer=0.9), recipes.common.NINE)
+    steps = [
+        found.difference(a, b, found.lengths).point
+        for a, b in (("dense", "oracle"), ("oracle", "indexer"), ("dense", "indexer"))
+    ]
+    assert steps[0] + steps[1] == pytest.approx(steps[2])
+    assert found.difference("dense", "pooled", found.lengths) is None
+    assert "pooled" not in recipes.gaps.gap_table(found, found)
+
+
+def test_the_budget_is_the_smallest_of_the_best(recipes, tmp_path) -> None:
+    (run,) = runs_of(recipes, tmp_path, lengths=(4096,), n=50)
+    rows = []
+    for r in run.records:
+        if r["config"] == "dense":
+            rows.append(r)
+        for spec, keys in (("1/16", 256.0), ("1/32", 128.0)):
+            if r["config"] in ("indexer", "streaming", "random", "untrained"):
+                score = 0.0 if spec == "1/32" and r["config"] == "indexer" and r["haystack"] < 10 else r["score"]
+                rows.append(r | {"config": f"{r['config']} {spec}", "keys_read_mean": keys, "score": score})
+    small, large = sorted(recipes.gaps.ranked([replace(run, records=rows)], ("1/16", "1/32")), key=lambda c: c["keys"])
+    assert (small["budget"], small["keys"]) == ("1/32", 128 / 4096)
+    assert small["loss"] > large["loss"] == 0
+    assert small["feasible"]
+    assert large["feasible"]
+
+
+def test_curves_are_held_against_run_to_run_noise(recipes) -> None:
+    within = recipes.training.within
+    assert within({"mean": 3e-3, "largest": 1.0}, {"mean": 2e-3, "largest": 1.0})
+    assert not within({"mean": 5e-3, "largest": 1.0}, {"mean": 2e-3, "largest": 1.0})
+    assert not within({"mean": 2e-4, "largest": 2e-4}, {"mean": 0.0, "largest": 0.0})
+
+
+def test_the_page_says_what_is_missing(recipes, tmp_path) -> None:
+    text = recipes.page.page(tmp_path / "results", tmp_path / "ablations")
+    assert text.count("Not measured yet") == 5
+    assert "gaps.py test" in text
+
+
+def test_the_page_takes_numbers_from_files(recipes, tmp_path) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    mode = {"median": 2.0, "p10": 1.5, "p90": 3.0, "samples": 4, "peak_gib": 31.25, "ratio": 1.0}
+    found = {
+        "shape": "a-shape",
+        "tokens": 4096,
+        "rounds": 4,
+        "device": "a GPU",
+        "modes": {"dense": mode},
+        "ratio": 2.345,
+        "target": 2.5,
+    }
+    (results / "memory.json").write_text(json.dumps(found))
+    runs = {"one": {"tokens_per_s": 1234.5, "largest": 0.5, "mean": 0.25}}
+    (results / "kill.json").write_text(json.dumps({"about": "About.", "runs": runs, "checks": ["PASS  it holds"]}))
+    text = recipes.page.page(results, tmp_path / "ablations")
+    assert "| dense | 2.00 [1.50, 3.00] | 2,048 | 31.2 |" in text
+    assert "2.35 times" in text or "2.34 times" in text
+    assert "| one | 1,234 | 5.00e-01 | 2.50e-01 |" in text
+    assert "- PASS  it holds" in text
