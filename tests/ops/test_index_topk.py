@@ -190,7 +190,7 @@ def test_mean_queries_is_the_rounded_mean(g, q_start, q_len, dtype):
 def test_one_head_scores_by_the_mean_query(dtype, backend):
     gen = torch.Generator().manual_seed(8)
     iq, ik = torch.randn(1, 31, 1, 16, generator=gen).to(dtype), torch.randn(1, 37, 16, generator=gen).to(dtype)
-    settings = {"budget": 15, "q_start": 6, "backend": backend}
+    settings = {"budget": 15, "q_start": 6, "backend": backend, "reduce": "mean"}
 
     support = index_topk(iq, ik, granularity=Granularity(q_block=8), **settings)
 
@@ -210,6 +210,7 @@ def test_the_mean_is_rounded_to_the_dtype_of_the_queries():
 
     def best(dtype):
         settings = {"budget": 3, "granularity": Granularity(q_block=2), "q_start": 8, "score_dtype": torch.float32}
+        settings["reduce"] = "mean"
         return index_topk(iq.to(dtype), ik.to(dtype), **settings).groups.flatten().tolist()
 
     assert best(torch.float32) == [1]

@@ -8,6 +8,7 @@ import pytest
 
 from topmass.report import build
 from topmass.report.aggregate import EvalTable
+from topmass.report.content import compose
 from topmass.report.gaps import find_gaps
 
 LENGTHS, TASKS = (4096, 8192), ("one", "two")
@@ -118,3 +119,15 @@ def test_report_prints_and_plots_them(cells, setting, make_run, tmp_path) -> Non
     assert "not measured (only one kernel ran on these supports)" in text
     assert "untrained indexer" in text
     assert {p.name for p in paths.figures} >= {"gaps-4096-8192.svg", "gaps-4096.svg", "gaps-8192.svg"}
+
+
+def test_the_first_screen_ends_with_the_gaps(cells, setting, make_run) -> None:
+    run = make_run("eval", rows_of(setting, cells))
+    # 256 keys are a sixteenth of 4096; sharing ran at that budget
+    answers = [a for a in compose([run], command="").answers if "points lost" in a]
+    assert len(answers) == len(LENGTHS)
+    assert answers[0].startswith("At 4K tokens and 256 keys per query")
+    at_4k = find_gaps(EvalTable([run]), [4096])
+    for name, what, q in (("oracle", "the budget", 1), ("indexer", "the indexer", 1), ("sharing", "sharing by 16", 16)):
+        point = 100 * points(at_4k, name, budget="256", q_block=q).interval.point
+        assert f"{point:{'+' if point < 0 else ''}.1f} to {what} (" in answers[0]

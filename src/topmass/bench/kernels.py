@@ -409,9 +409,9 @@ def _unions(support: Support, backend: str) -> None:
 
 
 def _index_flop(setting: Setting, inputs: Inputs) -> float:
-    # every query block against every group of its past
+    # every query against every group of its past
     n = inputs.q.shape[1]
-    return setting.dim * n * (n + 1) / (setting.kv_block * setting.q_block)
+    return setting.dim * n * (n + 1) / setting.kv_block
 
 
 def _attend_flop(setting: Setting, support: Support) -> float:

@@ -13,10 +13,10 @@ __all__ = ["demo"]
 AUDIT = AuditConfig(length=2048, texts=2, budgets=("16", "64", "256"))
 EVAL = EvalConfig(
     lengths=(1024,),
-    haystacks=5,
-    budgets=("64", "256"),
+    haystacks=4,
+    budgets=("16", "64"),
     q_blocks=(1, 32),
-    baselines=("streaming", "pooled"),
+    baselines=("streaming",),
     indexer="reference",
     batch_tokens=10240,
 )

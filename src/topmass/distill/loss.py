@@ -45,7 +45,7 @@ def indexer_kl(
     granularity: Granularity,
     q_start: int = 0,
     pool: Pool = "sum",
-    reduce: Reduce = "mean",
+    reduce: Reduce = "max",
     softcap: float | None = None,
     sinks: Float[Tensor, " q_heads"] | None = None,
     sink: int = 0,

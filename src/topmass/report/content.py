@@ -109,6 +109,7 @@ def compose(runs: Sequence[LoadedRun], *, command: str) -> Report:
     scored = bool(evals.variant and evals.dense())
     answers = _eval_answers(evals) if scored else []
     answers += _audit_answers(audits)[-1 if scored else 0 :]
+    answers += _gap_answers(evals) if scored else []
     if not scored and answers:
         answers.append("Whether scores on tasks hold at these budgets was not measured.")
     sections = [*_eval_sections(evals), *_audit_sections(audits)]
@@ -271,6 +272,26 @@ def _below(loss: Interval | None) -> str:
 def _points(fraction: float) -> str:
     text = f"{fraction * 100:+.1f}" if fraction < 0 else f"{fraction * 100:.1f}"
     return "0.0" if text == "-0.0" else text
+
+
+def _gap_answers(table: EvalTable) -> list[str]:
+    return [answer for n in table.compared if (answer := _gap_answer(table, n))]
+
+
+def _gap_answer(table: EvalTable, length: int) -> str:
+    """The gaps of one budget: the largest of at most a sixteenth of the context, or else the smallest."""
+    found = {(g.served, g.name): g.interval for g in find_gaps(table, [length]) if g.interval}
+    alone = [s for s, name in found if s.per_query and name == "indexer"]
+    alone = [s for s in alone if (s.budget or "").isdigit()]
+    small = [s for s in alone if int(s.budget or 0) <= length / 16]
+    if not alone:
+        return ""
+    chosen = max(small, key=lambda s: int(s.budget or 0)) if small else min(alone, key=lambda s: int(s.budget or 0))
+    shared = [s for s, name in found if name == "sharing" and replace(s, q_block=1) == chosen]
+    lost = [("the budget", found.get((chosen, "oracle"))), ("the indexer", found[chosen, "indexer"])]
+    lost += [(f"sharing by {s.q_block}", found[s, "sharing"]) for s in shared]
+    parts = [f"{_points(i.point)} to {what} ({_points(i.low)} to {_points(i.high)})" for what, i in lost if i]
+    return f"At {tokens(length)} tokens and {_budget(chosen)} per query, points lost with 95 % intervals: {', '.join(parts)}."
 
 
 def _audit_answers(table: AuditTable) -> list[str]:

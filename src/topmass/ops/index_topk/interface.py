@@ -44,7 +44,7 @@ def index_topk(
     window: int = 1,
     dense_below: int = 0,
     q_start: int = 0,
-    reduce: Reduce = "mean",
+    reduce: Reduce = "max",
     score_dtype: torch.dtype | None = None,
     page_table: Int[Tensor, "batch pages"] | None = None,
     backend: str = "auto",
