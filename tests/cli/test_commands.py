@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from topmass.cli import _progress, main
-from topmass.results import load_run
+from topmass.cli import _progress, doctor, main
+from topmass.ops import _dispatch
+from topmass.results import _machine, load_run
 
 SRC = str(Path(__file__).parents[2] / "src")
 EVAL = ("--tasks", "niah_single", "--lengths", 512, "--haystacks", 2, "--budgets", 16, 64)
@@ -186,6 +187,21 @@ def test_doctor(cli) -> None:
     assert cpu
     assert all(b["why_not"] is None for b in cpu)
     assert "reference" in cli("doctor").err
+
+
+@pytest.mark.parametrize("op", _dispatch.ops())
+def test_doctor_tries_every_op(op: str) -> None:
+    assert doctor._try(op, "reference", "cpu") is not None
+
+
+@pytest.mark.parametrize(
+    ("program", "named"),
+    [("/x/bin/topmass", "topmass"), ("/x/topmass/__main__.py", "topmass"), ("/x/topmass/cli/__main__.py", "topmass"),
+     ("/x/topmass/mine.py", "python mine.py")],
+)  # fmt: skip
+def test_the_command_is_stored_as_one_would_type_it(monkeypatch: pytest.MonkeyPatch, program: str, named: str) -> None:
+    monkeypatch.setattr("sys.argv", [program, "audit", "reference"])
+    assert _machine.command_line() == f"{named} audit reference"
 
 
 def test_plain_progress_is_a_line_a_minute(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

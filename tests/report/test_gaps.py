@@ -131,3 +131,17 @@ def test_the_first_screen_ends_with_the_gaps(cells, setting, make_run) -> None:
     for name, what, q in (("oracle", "the budget", 1), ("indexer", "the indexer", 1), ("sharing", "sharing by 16", 16)):
         point = 100 * points(at_4k, name, budget="256", q_block=q).interval.point
         assert f"{point:{'+' if point < 0 else ''}.1f} to {what} (" in answers[0]
+
+
+def test_a_plan_is_one_name_in_words_and_lines_in_the_figure(setting, make_run, tmp_path) -> None:
+    plan = "plan(3:448, 7:64, default:dense)"
+    cells = [("dense", None, 1, 2000, 0.95), ("oracle", plan, 1, 240, 0.95), ("indexer", plan, 1, 240, 0.95)]
+
+    run = make_run("eval", rows_of(setting, cells))
+    content = compose([run], command="")
+
+    assert any("the keys by layer (3:448, 7:64, default:dense) per query" in answer for answer in content.answers)
+    build([run.path], tmp_path / "report")
+    figure = (tmp_path / "report" / "figures" / "gaps-4096.svg").read_text()
+    assert ">3:448<" in figure
+    assert "plan(" not in figure

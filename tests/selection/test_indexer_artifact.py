@@ -189,6 +189,8 @@ def test_weights_that_are_not_finite(tmp_path, monkeypatch):
 def test_no_indexer_at_all(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"There is no indexer at .*; give the directory"):
         topmass.load_indexer(tmp_path / "nothing")
+    with pytest.raises(DataError, match=r"the shipped one is topmass\.load_reference_indexer"):
+        topmass.load_indexer("reference")
     monkeypatch.setattr(indexer, "REFERENCE", tmp_path / "reference_indexer")
     with pytest.raises(DataError, match=r"reference indexer is missing from .*reference_indexer; reinstall"):
         topmass.load_reference_indexer()

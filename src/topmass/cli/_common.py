@@ -157,6 +157,6 @@ def write_run(
         if run.resumed:
             say(f"resuming {out}: {run.resumed} rows are there")
         work(run, report)
-        path = run.finish()
-    say(f"wrote {path} ({len(load_run(path).records)} rows)")
-    return path
+        run.finish()
+    say(f"wrote {out} ({len(load_run(out).records)} rows)")
+    return out

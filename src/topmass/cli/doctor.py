@@ -87,7 +87,7 @@ def _why_not(op: str, backend: str, device: str) -> str | None:
 def _try(op: str, backend: str, device: str) -> Any:
     import torch
 
-    from topmass import Budget, SupportRule, ops, selection
+    from topmass import Budget, Granularity, SupportRule, ops, selection
 
     # fused kernels take half precision only
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
@@ -106,4 +106,9 @@ def _try(op: str, backend: str, device: str) -> Any:
     if op == "sparse_prefill":
         support = selection.OracleSelector(budget=16).select(selection.AttentionInputs(q=q, k=k))
         return ops.sparse_prefill(q, k, k, support, backend=backend)
-    return None
+    if op == "tile_union":
+        support = selection.OracleSelector(budget=16).select(selection.AttentionInputs(q=q, k=k))
+        return ops.tile_union(support, backend=backend)
+    if op == "index_topk":
+        return ops.index_topk(q[:, :, :1], k[:, :, 0], budget=16, granularity=Granularity(), backend=backend)
+    raise AssertionError(f"doctor has no input for {op}")

@@ -57,7 +57,7 @@ class Plan:
         try:
             Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
         except OSError as error:
-            raise ConfigError(f"Cannot write the plan {path}: {error.strerror}.") from error
+            raise ConfigError(f"Cannot write the plan {path}: {error.strerror}; choose another file.") from error
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":

@@ -93,11 +93,13 @@ def evaluate(
         progress: Called after every batch.
 
     Raises:
-        ConfigError: A task is unknown, or a length is beyond the model's positions.
+        ConfigError: A task is unknown, a length is beyond the model's positions, or one is given in the place of a list.
         DataError: A task does not fit a length.
         UnsupportedModelError: The model is one that topmass cannot run.
     """
     _check_lengths(model, lengths)
+    if isinstance(tasks, str):
+        raise ConfigError(f"tasks must be a list, such as [{tasks!r}], got {tasks!r}.")
     samples = [
         sample
         for length in lengths
@@ -289,6 +291,8 @@ def _generate(model: Any, tokenizer: Any, ids: Int[Tensor, "batch len"], cache: 
 
 
 def _check_lengths(model: Any, lengths: Sequence[int]) -> None:
+    if isinstance(lengths, int):
+        raise ConfigError(f"lengths must be a list, such as [{lengths}], got {lengths}.")
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     for length in lengths:

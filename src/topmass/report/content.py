@@ -255,6 +255,8 @@ def _tasks(table: EvalTable, length: int) -> str:
 
 def _budget(setting: Setting) -> str:
     budget = setting.budget or "?"
+    if budget.startswith("plan("):
+        return f"the keys by layer ({budget[5:-1]})"
     return (
         f"{int(budget):,} keys" if budget.isdigit() else f"{budget} of the keys" if "%" in budget else f"{budget} keys"
     )

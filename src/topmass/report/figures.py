@@ -248,7 +248,8 @@ def gap_bars(gaps: Sequence[Gap], title: str) -> alt.TopLevelMixin | None:
     """Each gap with its interval, one group of marks a served setting."""
     rows = [
         {
-            "served": f"{g.served.budget}" + (f", {g.served.q_block} share" if g.served.q_block > 1 else ""),
+            "served": (g.served.budget or "").removeprefix("plan(").removesuffix(")")
+            + (f", {g.served.q_block} share" if g.served.q_block > 1 else ""),
             "gap": f"{g.name} gap" if g.name != "total" else "dense minus served",
             "point": 100 * g.interval.point,
             "low": 100 * _or(g.interval.low, g.interval.point),
@@ -260,7 +261,9 @@ def gap_bars(gaps: Sequence[Gap], title: str) -> alt.TopLevelMixin | None:
     if not rows:
         return None
     names = [n for n in _GAPS if n in {r["gap"] for r in rows}]
-    x = alt.X("served:O", title="budget (keys per query)", sort=None, axis=alt.Axis(labelAngle=0))
+    # a line for each layer of a plan
+    axis = alt.Axis(labelAngle=0, labelExpr="slice(split(datum.label, ', '), 0, 6)")
+    x = alt.X("served:O", title="budget (keys per query)", sort=None, axis=axis)
     y = alt.Y("point:Q", title="points lost, mean over tasks")
     offset = alt.XOffset("gap:N", sort=names)
     scale = alt.Scale(domain=names, range=[_GAPS[n] for n in names])

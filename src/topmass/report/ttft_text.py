@@ -68,7 +68,12 @@ def _times(ratio: Spread) -> str:
 
 
 def _ms(time: Spread) -> str:
-    return f"{time.median:,.4g} ms"
+    return f"{_short(time.median, 4)} ms"
+
+
+def _short(value: float, digits: int = 3) -> str:
+    """A number with so many digits, but never as a power of ten."""
+    return f"{value:.0f}" if value >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 
 def _change(change: Interval) -> str:
@@ -104,10 +109,10 @@ def _point_line(p: Point) -> list[str]:
     return [
         name,
         "0 by definition" if p.dense and p.change else _change(p.change) if p.change else p.reason,
-        f"{p.ttft.median:.4g}",
-        f"{p.ttft.p10:.4g}-{p.ttft.p90:.4g}",
+        _short(p.ttft.median, 4),
+        f"{_short(p.ttft.p10, 4)}-{_short(p.ttft.p90, 4)}",
         f"{p.speedup.median:.3g}x" if p.speedup and not p.dense else "",
-        f"{p.layer.median:.3g}" if p.layer else "",
+        _short(p.layer.median) if p.layer else "",
         f"{p.keys:,.0f}" if p.keys is not None else "",
         ", ".join(marks),
     ]
@@ -149,15 +154,15 @@ def line(case: TtftCase, name: str) -> list[str]:
     return [
         NAMES.get(name, name),
         case.first(name)["backend"],
-        f"{time.median:.4g}" if time else "-",
-        f"{time.p10:.4g}-{time.p90:.4g}" if time else "",
+        _short(time.median, 4) if time else "-",
+        f"{_short(time.p10, 4)}-{_short(time.p90, 4)}" if time else "",
         *(f"{ratio.median:.3g}x" if ratio else "" for ratio in dense),
         f"{share.median:.1%}" if share and name != case.floor else "",
         f"{attained.median:.0%}" if attained and sparse else "",
-        f"{layer.median:.3g}" if layer else "",
-        f"{token.median:.3g}" if token else "",
-        f"{index:.3g}" if index else "",
-        f"{peak:.3g}" if peak is not None else "",
+        _short(layer.median) if layer else "",
+        _short(token.median) if token else "",
+        _short(index) if index else "",
+        _short(peak) if peak is not None else "",
         _note(case, name),
     ]
 
@@ -172,12 +177,12 @@ def brief_line(case: TtftCase, name: str) -> list[str]:
     ratio = case.ratio(case.best_dense, name) if case.best_dense else None
     return [
         NAMES.get(name, name),
-        f"{time.median:.4g}" if time else "-",
-        f"{time.p10:.3g}-{time.p90:.3g}" if time else "",
+        _short(time.median, 4) if time else "-",
+        f"{_short(time.p10)}-{_short(time.p90)}" if time else "",
         f"{ratio.median:.3g}x" if ratio else "",
         f"{attained.median:.0%}" if attained and case.first(name)["role"] == "sparse" else "",
-        f"{layer.median:.3g}" if layer else "",
-        f"{token.median:.3g}" if token else "",
+        _short(layer.median) if layer else "",
+        _short(token.median) if token else "",
         _note(case, name),
     ]
 

@@ -60,5 +60,6 @@ def git_commit() -> str | None:
 def command_line() -> str:
     """The command that started this process, as one would type it."""
     program = Path(sys.argv[0])
-    name = "topmass" if program.parent.name == "cli" or program.name == "topmass" else f"python {program.name}"
+    module = program.name == "__main__.py" and program.parent.name in ("cli", "topmass")
+    name = "topmass" if module or program.name == "topmass" else f"python {program.name}"
     return shlex.join([*name.split(), *sys.argv[1:]])

@@ -280,7 +280,7 @@ def write_artifact(path: str | Path, info: IndexerInfo, tensors: Mapping[str, Te
             temporary.chmod(0o755)
             temporary.rename(target)
     except OSError as error:
-        raise DataError(f"Cannot write the indexer to {target}: {error.strerror}.") from error
+        raise DataError(f"Cannot write the indexer to {target}: {error.strerror}; choose another directory.") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -335,8 +335,9 @@ def _read(folder: Path, name: str) -> bytes:
     except OSError as error:
         if folder.is_dir():
             raise DataError(f"{folder} has no readable {name}, so it is no indexer; {_AGAIN}") from error
+        shipped = "; the shipped one is topmass.load_reference_indexer()" if str(folder) == "reference" else ""
         raise DataError(
-            f"There is no indexer at {folder}; give the directory that `topmass distill -o` or `indexer.save` wrote."
+            f"There is no indexer at {folder}; give the directory that `topmass distill -o` or `indexer.save` wrote{shipped}."
         ) from error
 
 

@@ -379,7 +379,7 @@ def _causal_keys(call: LayerCall) -> int:
 
 def _told(r: LayerReceipt) -> str:
     chosen = f", selected by {r.selected_by}" if r.selection else ""
-    reason = f", {r.reason}" if r.reason else ""
+    reason = f", dense {r.reason}" if r.reason else ""
     return f"layer {r.layer}: {r.mode}, {r.backend}, {r.keys_read_mean:.1f} keys/query{chosen}{reason}"
 
 
