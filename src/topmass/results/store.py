@@ -181,7 +181,8 @@ class Run:
     ) -> None:
         self._journal.close()
         if error is not None and self.rows and self.manifest["finished"] is None:
-            error.add_note(f"{len(self.rows)} rows are kept in {_partial(self.path)}; the same command resumes there.")
+            rows = "1 row is" if len(self.rows) == 1 else f"{len(self.rows)} rows are"
+            error.add_note(f"{rows} kept in {_partial(self.path)}; the same command resumes there.")
 
     @property
     def directory(self) -> Path:

@@ -18,8 +18,12 @@ __all__ = ["index_topk_triton", "why_not"]
 
 # scores held at a time
 WORKSPACE_BYTES = 256 * 2**20
-# products of queries and heads in a tile, keys in a tile, tiles that one program walks
-ROWS, KEYS, TILES = 128, 128, 16
+# products of queries and heads in a tile, keys in a tile
+ROWS, KEYS = 128, 128
+# where a tile is only reduced to maxima: keys are read half as often, and registers still hold the tile
+GREATEST_ROWS, GREATEST_KEYS = 256, 64
+# keys that one program walks
+WALK = 2048
 # where a tile is stored as it is, where its rows are reduced first
 NUM_WARPS, NUM_STAGES = (4, 8), 2
 # rows of scores are whole units
@@ -131,9 +135,11 @@ def _scores_kernel(
 @triton.jit
 @no_type_check
 def _rounded(b_s, ROUND: tl.constexpr, LARGEST: tl.constexpr):
+    # float16 first: what is out of range becomes infinite, and two scores are clamped at a time
+    b_s = b_s.to(ROUND) if tl.float16 == ROUND else b_s
+    largest = tl.full(b_s.shape, LARGEST, b_s.dtype)
     # a NaN fails the comparison and is the lowest score
-    b_s = tl.where(b_s > -LARGEST, b_s, -LARGEST)
-    return tl.minimum(b_s, LARGEST).to(ROUND)
+    return tl.minimum(tl.where(b_s > -largest, b_s, -largest), largest).to(ROUND)
 
 
 @on_device
@@ -149,7 +155,7 @@ def index_topk_triton(
     counts = torch.zeros(B, stops.numel(), dtype=torch.int32, device=iq.device)
     if wanted and B:
         pooled = torch.float32 if reduce == "mean" else score_dtype
-        tile = _tile(rule, H, reduce)
+        tile, _ = _tile(rule, H, iq.shape[3], reduce)
         per_block = triton.next_power_of_2(H) * _together(rule, reduce)
         for b, block, rows, stop in _chunks(rule, q_start, q_len, B, tile=tile // per_block, size=pooled.itemsize):
             scores = torch.empty(b.stop - b.start, rows, triton.cdiv(stop, UNIT) * UNIT, dtype=pooled, device=iq.device)
@@ -192,9 +198,12 @@ def _chunks(
             yield b, end, rows, stop
 
 
-def _tile(rule: SupportRule, heads: int, reduce: str | None) -> int:
-    """Rows of a tile: at least those of one query block."""
-    return max(_together(rule, reduce) * triton.next_power_of_2(heads), ROWS)
+def _tile(rule: SupportRule, heads: int, dim: int, reduce: str | None) -> tuple[int, int]:
+    """Rows and keys of a tile: at least the rows of one query block, and no more keys than shared memory holds."""
+    together = _together(rule, reduce)
+    if reduce == "max" and heads == 1 < together and dim <= 128:
+        return GREATEST_ROWS, GREATEST_KEYS
+    return max(together * triton.next_power_of_2(heads), ROWS), KEYS if dim <= 128 else KEYS // 2
 
 
 def _score(
@@ -203,18 +212,15 @@ def _score(
 ) -> None:  # fmt: skip
     B, TQ, H, D = iq.shape
     g = _together(rule, reduce)
-    hp, rows = triton.next_power_of_2(H), _tile(rule, H, reduce)
+    hp = triton.next_power_of_2(H)
+    rows, keys = _tile(rule, H, D, reduce)
     first = rule.sink_tokens // rule.granularity.kv_block
-    # shared memory holds no more
-    keys = KEYS if D <= 128 else KEYS // 2
-    grid = (
-        triton.cdiv(stop - first // keys * keys, keys * TILES), triton.cdiv(scores.shape[1], rows // (hp * g)), B
-    )  # fmt: skip
+    grid = triton.cdiv(stop - first // keys * keys, WALK), triton.cdiv(scores.shape[1], rows // (hp * g)), B
     _scores_kernel[grid](
         iq, ik, stops, stops if pages is None else pages, scores, D**-0.5,
         *iq.stride()[:3], *ik.stride()[:2], 0 if pages is None else pages.stride(0),
         TQ, scores.shape[1], block, block * g - q_start % g, first, scores.shape[2] // UNIT,
-        H=H, HP=hp, G=g, D=D, BD=max(triton.next_power_of_2(D), 32), BM=rows, BN=keys, TILES=TILES, MAX=reduce == "max",
+        H=H, HP=hp, G=g, D=D, BD=max(triton.next_power_of_2(D), 32), BM=rows, BN=keys, TILES=WALK // keys, MAX=reduce == "max",
         ROUND=getattr(tl, str(score_dtype).removeprefix("torch.")),
         LARGEST=min(torch.finfo(score_dtype).max, torch.finfo(torch.float32).max), UNIT=UNIT,
         PAGE=0 if pages is None else ik.shape[1], num_warps=NUM_WARPS[hp * g > 1], num_stages=NUM_STAGES,
