@@ -7,6 +7,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from topmass.errors import BackendUnavailableError
 
 __all__ = ["KernelBackend", "available", "known", "known_or_auto", "ops", "record", "register", "resolve"]
@@ -93,8 +95,14 @@ def resolve(op: str, name: str, /, *args: Any, **kwargs: Any) -> KernelBackend:
         backend = known(op, candidate)
         reason = backend.why_not(*args, **kwargs)
         if reason is None:
-            if (chosen := _CHOSEN.get()) is not None and candidate not in (before := chosen.get(op, "")).split("+"):
-                chosen[op] = f"{before}+{candidate}" if before else candidate
+            # torch.compile cannot trace a context variable
+            if not torch.compiler.is_compiling():
+                _note(op, candidate)
             return backend
         reasons.append(f"{candidate} {reason}")
     raise BackendUnavailableError(f"No backend of {op!r} can run this call: {' '.join(reasons)}")
+
+
+def _note(op: str, name: str) -> None:
+    if (chosen := _CHOSEN.get()) is not None and name not in (before := chosen.get(op, "")).split("+"):
+        chosen[op] = f"{before}+{name}" if before else name
