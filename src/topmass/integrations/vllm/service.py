@@ -14,7 +14,7 @@ from topmass.integrations.vllm.metrics import Counters
 from topmass.integrations.vllm.pages import PageLayout
 from topmass.integrations.vllm.receipts import Receipts
 from topmass.integrations.vllm.settings import Settings
-from topmass.ops import index_topk, sparse_prefill
+from topmass.ops import _dispatch, index_topk, sparse_prefill
 from topmass.ops._logits import rows_that_fit
 from topmass.ops.sparse_prefill.interface import resolve_backend
 from topmass.selection.indexer import IndexerSelector, LayerIndexer, ModelFingerprint
@@ -95,6 +95,7 @@ class LayerServer:
                 q_start=part.start + lo,
                 reduce=config.reduce,
                 score_dtype=getattr(torch, config.score_dtype),
+                backend=_dispatch.known_or_auto("index_topk", self._backend),
             )
             table = pages[None, : layout.pages_of(cache, stop)]
             settings = {**arithmetic.settings(), "page_table": table}
