@@ -34,6 +34,7 @@ from topmass.integrations.transformers.reference import REFERENCE, load_referenc
 from topmass.results import Run, load_run, make_manifest
 from topmass.results.stats import macro_mean
 from topmass.selection import Selector
+from topmass.selection.indexer import named_indexer
 
 RUNS = ("ttft", "eval", "arithmetic")
 SEED = 11
@@ -80,7 +81,7 @@ def arithmetic_of(selectors: dict[str, Selector], args: argparse.Namespace) -> d
 def load_indexers(paths: Sequence[str]) -> dict[str, topmass.Indexer]:
     """Indexers by directory; none where the package ships none and none was named."""
     try:
-        return {p: topmass.load_reference_indexer() if p == "reference" else topmass.load_indexer(p) for p in paths}
+        return {p: named_indexer(p) for p in paths}
     except topmass.errors.DataError as error:
         if list(paths) != ["reference"]:
             raise

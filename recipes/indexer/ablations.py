@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import COUNTING, Known, Library, Shares, Stored, common_options, load_indexer, store
+from common import COUNTING, Known, Library, Shares, Stored, common_options, store
 
 import topmass
 from topmass.core.granularity import Granularity
@@ -41,7 +41,7 @@ from topmass.ops import attention_mass
 from topmass.ops.index_topk import index_topk
 from topmass.results import Run, load_run, make_manifest
 from topmass.selection.base import AttentionInputs
-from topmass.selection.indexer import Indexer, IndexerSelector
+from topmass.selection.indexer import Indexer, IndexerSelector, named_indexer
 
 SEED = 3001  # of the samples; the tables of gaps.py have others
 TASKS = (*COUNTING, "variable_tracking", "niah_uuid")
@@ -129,7 +129,7 @@ def train(name: str, args: argparse.Namespace, model: Any) -> tuple[Indexer, dic
     """An indexer and how it came about."""
     changes = VARIANTS[name].changes
     if changes is None:
-        indexer = load_indexer(args.indexer)
+        indexer = named_indexer(args.indexer)
         return indexer, {"tokens": indexer.info.training_tokens, "recipe": dict(indexer.info.recipe)}
     config, out = config_of(changes, args), args.work / name
     start = time.perf_counter()

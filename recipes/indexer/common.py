@@ -183,11 +183,6 @@ def blocks(length: int, ends: Sequence[int], batch_tokens: int) -> Iterator[tupl
         start = max(start, end)
 
 
-def load_indexer(name: str) -> topmass.Indexer:
-    """The indexer of a directory, or the one that ships with the reference checkpoint."""
-    return topmass.load_reference_indexer() if name == "reference" else topmass.load_indexer(name)
-
-
 def untrained(indexer: topmass.Indexer) -> topmass.Indexer:
     """An untrained indexer of the same shape."""
     info = indexer.info

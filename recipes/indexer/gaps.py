@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import COUNTING, NINE, TENTH, Known, Library, Shares, blocks, common_options, load_indexer, untrained
+from common import COUNTING, NINE, TENTH, Known, Library, Shares, blocks, common_options, untrained
 
 import topmass
 from topmass.core.granularity import Granularity
@@ -41,6 +41,7 @@ from topmass.integrations.transformers.load import describe_device, weights_hash
 from topmass.integrations.transformers.reference import load_reference
 from topmass.results import LoadedRun, Run, load_run, make_manifest
 from topmass.results.stats import Interval
+from topmass.selection.indexer import named_indexer
 
 # neither has made another published table
 DEV_SEED, TEST_SEED = 1001, 2003
@@ -237,7 +238,7 @@ def means(rows: Iterable[Mapping[str, Any]], tasks: Sequence[str] | None = None)
 
 def choose(args: argparse.Namespace, bench: Bench) -> int:
     """Compare candidate budgets on the development seed; write the best one's name."""
-    indexer = load_indexer(args.indexer)
+    indexer = named_indexer(args.indexer)
     n = args.n or 10
     done = []
     for length in args.lengths or (4096, 16384):
@@ -305,7 +306,7 @@ def chosen_budget(args: argparse.Namespace) -> Shares:
 
 def test(args: argparse.Namespace, bench: Bench) -> int:
     """The published comparison, on seeds that chose nothing."""
-    indexer, shares = load_indexer(args.indexer), chosen_budget(args)
+    indexer, shares = named_indexer(args.indexer), chosen_budget(args)
     if args.seed == args.dev_seed:
         sys.exit("The test seed chose the budget; give another --seed.")
     done = []
@@ -330,7 +331,7 @@ def trained_length(indexer: topmass.Indexer) -> int:
 
 def layers(args: argparse.Namespace, bench: Bench) -> int:
     """One sparse layer at a time, on the tasks that keep a gap."""
-    indexer, shares = load_indexer(args.indexer), chosen_budget(args)
+    indexer, shares = named_indexer(args.indexer), chosen_budget(args)
     n = args.n or 50
     done = []
     for length in args.lengths or LENGTHS:

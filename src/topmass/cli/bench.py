@@ -214,11 +214,12 @@ def ttft(
     from topmass.bench import ttft as bench
     from topmass.report.frontier import find_frontier
     from topmass.results import load_run
+    from topmass.selection.indexer import named_indexer
 
     given = asdict(settings)
     which = {name: given.pop(name) for name in ("lengths", "batch", "indexer", "seed")}
     setting = bench.Setting(**given)
-    indexers = {name: _indexer(name) for name in dict.fromkeys(which["indexer"])}
+    indexers = {name: named_indexer(name) for name in dict.fromkeys(which["indexer"])}
     loaded, prompts, facts = _model(model, dtype, device, which["seed"])
     stress = facts["weights_hash"] is None
     if stress:
@@ -256,12 +257,6 @@ def ttft(
     if json:
         cells = [cell for case in frontier.table.cases for cell in _ttft_cells(case)]
         emit({"run": str(path), "stress": stress, "cells": cells, "crossovers": found})
-
-
-def _indexer(name: str) -> Any:
-    import topmass
-
-    return topmass.load_reference_indexer() if name == "reference" else topmass.load_indexer(name)
 
 
 def _model(name: str, dtype: DType, device: str, seed: int) -> tuple[Any, Any, dict[str, Any]]:

@@ -178,6 +178,7 @@ def selectors(settings: EvalConfig) -> dict[str, Any]:
     """
     import topmass
     from topmass.eval.settings import Infeasible, indexer_grid, label, oracle_grid
+    from topmass.selection.indexer import named_indexer
 
     budgets = [str(topmass.Budget.parse(b)) for b in settings.budgets]
     forced = {"sink": settings.sink, "window": settings.window, "dense_below": _dense_below(settings)}
@@ -191,7 +192,7 @@ def selectors(settings: EvalConfig) -> dict[str, Any]:
     if oracles and all(isinstance(s, Infeasible) for s in oracles):
         raise ConfigError(oracles[0].reason)
     if settings.indexer is not None:
-        found |= indexer_grid(_indexer(settings.indexer), budgets, settings.q_blocks, **forced)
+        found |= indexer_grid(named_indexer(settings.indexer), budgets, settings.q_blocks, **forced)
     for kind in settings.baselines:
         made = [_baseline(kind, int(b), settings.seed, forced["dense_below"]) for b in budgets if b.isdigit()]
         found |= {label(s): s for s in made}
@@ -200,32 +201,30 @@ def selectors(settings: EvalConfig) -> dict[str, Any]:
 
 def _dense_below(settings: EvalConfig) -> int:
     from topmass.selection.crossover import crossover_here
+    from topmass.selection.indexer import named_indexer
 
     if settings.dense_below != "auto":
         return settings.dense_below
     if settings.indexer is None:
         raise ConfigError("--dense-below auto takes the crossover that an indexer holds: give --indexer, or a number.")
-    return crossover_here(_indexer(settings.indexer).info.crossover)
-
-
-def _indexer(name: str) -> Any:
-    import topmass
-
-    return topmass.load_reference_indexer() if name == "reference" else topmass.load_indexer(name)
+    return crossover_here(named_indexer(settings.indexer).info.crossover)
 
 
 def _check_indexer(name: str | None, model: Any) -> None:
     """Refuse an indexer of another model before dense attention and the oracle have run."""
     from topmass.integrations.transformers.index_keys import check_indexer
+    from topmass.selection.indexer import named_indexer
 
     if name is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a fine-tune is warned of when the indexer runs
-            check_indexer(_indexer(name), model)
+            check_indexer(named_indexer(name), model)
 
 
 def _digest(name: str | None) -> str | None:
-    return None if name is None else _indexer(name).digest
+    from topmass.selection.indexer import named_indexer
+
+    return None if name is None else named_indexer(name).digest
 
 
 def _baseline(kind: Baseline, budget: int, seed: int, dense_below: int) -> Any:

@@ -41,6 +41,7 @@ __all__ = [
     "index_rope",
     "load_indexer",
     "load_reference_indexer",
+    "named_indexer",
     "rotary_width",
     "rotate_half_split",
     "unrotate_half_split",
@@ -351,6 +352,11 @@ def load_reference_indexer() -> Indexer:
             "`topmass distill reference -o DIR` and load it with topmass.load_indexer."
         )
     return Indexer.load(REFERENCE)
+
+
+def named_indexer(name: str) -> Indexer:
+    """What settings and command lines name: a directory, or `reference` for the one that ships."""
+    return load_reference_indexer() if name == "reference" else load_indexer(name)
 
 
 def rotate_half_split(

@@ -10,7 +10,7 @@ from topmass.core.granularity import Granularity
 from topmass.errors import ConfigError
 from topmass.selection.base import Selector
 from topmass.selection.baselines import DenseSelector, PooledSelector, RandomSelector, StreamingSelector
-from topmass.selection.indexer import Indexer, IndexerSelector, load_indexer, load_reference_indexer
+from topmass.selection.indexer import Indexer, IndexerSelector, named_indexer
 from topmass.selection.oracle import OracleSelector
 
 __all__ = ["load_selector", "make_selector"]
@@ -123,7 +123,5 @@ def _build(beside: Path, name: str, settings: dict[str, Any], indexer: Indexer |
 def _find(folder: Path, where: object) -> Indexer:
     if not isinstance(where, str):
         raise ConfigError("the selector is an indexer, so give its directory as `indexer`, or pass indexer=.")
-    if where == "reference":
-        return load_reference_indexer()
     beside = folder / where
-    return load_indexer(beside if beside.is_dir() else where)
+    return named_indexer(str(beside) if where != "reference" and beside.is_dir() else where)

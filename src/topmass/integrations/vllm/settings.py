@@ -11,7 +11,7 @@ from topmass.core.budget import Budget, BudgetLike
 from topmass.core.granularity import Granularity
 from topmass.core.plan import Plan
 from topmass.errors import ConfigError
-from topmass.selection.indexer import Indexer, IndexerSelector, load_indexer, load_reference_indexer
+from topmass.selection.indexer import Indexer, IndexerSelector, named_indexer
 from topmass.selection.saved import VERSION
 
 __all__ = ["Settings"]
@@ -121,7 +121,7 @@ class Settings:
             ConfigError: It is not the one that the settings were measured with.
             DataError: It is missing or damaged.
         """
-        indexer = load_reference_indexer() if self.indexer == "reference" else load_indexer(self.indexer)
+        indexer = named_indexer(self.indexer)
         if self.indexer_digest not in (None, indexer.digest):
             raise ConfigError(
                 f"The indexer in {self.indexer} has the digest {indexer.digest}, the settings were measured with "
