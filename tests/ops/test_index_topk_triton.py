@@ -169,7 +169,9 @@ def test_workspace_changes_nothing(g, heads, monkeypatch):
     chunks = []
     score = index_kernels._score
     monkeypatch.setattr(index_kernels, "_score", lambda *a, **k: (chunks.append(a[3].shape), score(*a, **k)))
-    monkeypatch.setattr(index_kernels, "ROWS", 4 * g * heads if heads > 1 else 4)
+    rows = 4 * g * heads if heads > 1 else 4
+    for name in ("PLAIN", "REDUCED"):
+        monkeypatch.setattr(index_kernels, name, getattr(index_kernels, name)._replace(rows=rows))
     monkeypatch.setattr(index_kernels, "WORKSPACE_BYTES", 3000 if g == 1 else 600)
 
     support = index_topk(iq, ik, **settings)

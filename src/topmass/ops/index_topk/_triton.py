@@ -1,7 +1,8 @@
 """Triton index_topk: scores of a chunk of rows by tensor cores, then exact selection. The mathematics is in README.md."""
 
+import math
 from collections.abc import Iterator
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import torch
 import triton
@@ -18,14 +19,10 @@ __all__ = ["index_topk_triton", "why_not"]
 
 # scores held at a time
 WORKSPACE_BYTES = 256 * 2**20
-# products of queries and heads in a tile, keys in a tile
-ROWS, KEYS = 128, 128
-# where a tile is only reduced to maxima: keys are read half as often, and registers still hold the tile
-GREATEST_ROWS, GREATEST_KEYS = 256, 64
+# products of queries and heads that one query block may have
+MOST_ROWS = 256
 # keys that one program walks
 WALK = 2048
-# where a tile is stored as it is, where its rows are reduced first
-NUM_WARPS, NUM_STAGES = (4, 8), 2
 # rows of scores are whole units
 UNIT = 64
 
@@ -46,8 +43,8 @@ def why_not(
     if rule.budget is None or rule.budget.mass is not None:
         return "takes a fixed number of groups, not a mass budget or none."
     shared = _together(rule, reduce) * triton.next_power_of_2(iq.shape[2])
-    if shared > 2 * ROWS:
-        return f"supports up to {2 * ROWS} query heads in a block, got {shared}."
+    if shared > MOST_ROWS:
+        return f"supports up to {MOST_ROWS} query heads in a block, got {shared}."
     return None
 
 
@@ -155,10 +152,14 @@ def index_topk_triton(
     counts = torch.zeros(B, stops.numel(), dtype=torch.int32, device=iq.device)
     if wanted and B:
         pooled = torch.float32 if reduce == "mean" else score_dtype
-        tile, _ = _tile(rule, H, iq.shape[3], reduce)
+        tile = _tile(rule, H, iq.shape[3], reduce).rows
         per_block = triton.next_power_of_2(H) * _together(rule, reduce)
-        for b, block, rows, stop in _chunks(rule, q_start, q_len, B, tile=tile // per_block, size=pooled.itemsize):
-            scores = torch.empty(b.stop - b.start, rows, triton.cdiv(stop, UNIT) * UNIT, dtype=pooled, device=iq.device)
+        chunks = list(_chunks(rule, q_start, q_len, B, tile=tile // per_block, size=pooled.itemsize))
+        # one for all: a chunk's own would be held until the next one's is there
+        shapes = [(b.stop - b.start, rows, triton.cdiv(stop, UNIT) * UNIT) for b, _, rows, stop in chunks]
+        workspace = torch.empty(max(map(math.prod, shapes), default=0), dtype=pooled, device=iq.device)
+        for (b, block, _, stop), shape in zip(chunks, shapes, strict=True):
+            scores = workspace[: math.prod(shape)].view(shape)
             keys, pages = (ik[b], None) if page_table is None else (ik, page_table[b])
             _score(iq[b], keys, stops, scores, rule=rule, q_start=q_start, block=block, stop=stop, reduce=reduce,
                    score_dtype=score_dtype, pages=pages)  # fmt: skip
@@ -198,12 +199,30 @@ def _chunks(
             yield b, end, rows, stop
 
 
-def _tile(rule: SupportRule, heads: int, dim: int, reduce: str | None) -> tuple[int, int]:
-    """Rows and keys of a tile: at least the rows of one query block, and no more keys than shared memory holds."""
+class _Tile(NamedTuple):
+    """What one program computes at a time: `rows` products of queries and heads x `keys`."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# fastest of recipes/kernels/sweep.py: tiles that are stored as they are, whose rows are reduced first, and that are only
+# reduced to maxima, by padded head dimension
+PLAIN, REDUCED = _Tile(128, 64, 4, 3), _Tile(128, 128, 8, 2)
+GREATEST = {32: _Tile(256, 64, 4, 3), 64: _Tile(256, 64, 4, 3), 128: _Tile(256, 64, 8, 3)}
+
+
+def _tile(rule: SupportRule, heads: int, dim: int, reduce: str | None) -> _Tile:
+    """At least the rows of one query block, and no more keys than shared memory holds."""
     together = _together(rule, reduce)
-    if reduce == "max" and heads == 1 < together and dim <= 128:
-        return GREATEST_ROWS, GREATEST_KEYS
-    return max(together * triton.next_power_of_2(heads), ROWS), KEYS if dim <= 128 else KEYS // 2
+    bd = max(triton.next_power_of_2(dim), 32)
+    if reduce == "max" and heads == 1 < together and bd in GREATEST:
+        return GREATEST[bd]
+    rows = together * triton.next_power_of_2(heads)
+    tile = PLAIN if rows == 1 else REDUCED
+    return tile._replace(rows=max(rows, tile.rows), keys=tile.keys if bd <= 128 else tile.keys // 2)
 
 
 def _score(
@@ -213,7 +232,7 @@ def _score(
     B, TQ, H, D = iq.shape
     g = _together(rule, reduce)
     hp = triton.next_power_of_2(H)
-    rows, keys = _tile(rule, H, D, reduce)
+    rows, keys, warps, stages = _tile(rule, H, D, reduce)
     first = rule.sink_tokens // rule.granularity.kv_block
     grid = triton.cdiv(stop - first // keys * keys, WALK), triton.cdiv(scores.shape[1], rows // (hp * g)), B
     _scores_kernel[grid](
@@ -223,5 +242,5 @@ def _score(
         H=H, HP=hp, G=g, D=D, BD=max(triton.next_power_of_2(D), 32), BM=rows, BN=keys, TILES=WALK // keys, MAX=reduce == "max",
         ROUND=getattr(tl, str(score_dtype).removeprefix("torch.")),
         LARGEST=min(torch.finfo(score_dtype).max, torch.finfo(torch.float32).max), UNIT=UNIT,
-        PAGE=0 if pages is None else ik.shape[1], num_warps=NUM_WARPS[hp * g > 1], num_stages=NUM_STAGES,
+        PAGE=0 if pages is None else ik.shape[1], num_warps=warps, num_stages=stages,
     )  # fmt: skip

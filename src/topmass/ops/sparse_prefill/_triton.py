@@ -17,6 +17,9 @@ __all__ = ["Tile", "attend", "sparse_prefill_op", "sparse_prefill_triton", "supp
 
 # of unions and their words; longer prompts are done in chunks of tiles
 UNION_BYTES = 256 * 2**20
+# keys, warps, stages of a tile, fastest of recipes/kernels/sweep.py: 128 rows by padded head dimension, and all others
+WIDE = {128: (64, 8, 4), 256: (32, 8, 4)}
+NARROW = (64, 4, 2)
 
 
 class Tile(NamedTuple):
@@ -46,8 +49,8 @@ def tile_for(group: int, head_dim: int, v_dim: int, q_block: int, *, device: tor
     heads = triton.next_power_of_2(group) if group % 4 or group <= 4 else min(group & -group, 16)
     tokens = max(min(128 // heads, 32 * q_block), triton.cdiv(16, heads))
     bd = max(triton.next_power_of_2(max(head_dim, v_dim)), 16)
-    wide = tokens * heads >= 128 and bd > 64
-    tile = Tile(tokens=tokens, heads=heads, keys=128 if wide and bd == 128 else 64, warps=8 if wide else 4, stages=2)
+    keys, warps, stages = WIDE[bd] if tokens * heads >= 128 and bd in WIDE else NARROW
+    tile = Tile(tokens=tokens, heads=heads, keys=keys, warps=warps, stages=stages)
     if device is not None and device.type == "cuda":
         room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
         while tile.keys > 16 and 2 * bd * (tile.tokens * tile.heads + 2 * tile.stages * tile.keys) > room:
@@ -162,15 +165,19 @@ def _sparse_kernel(
     count = tl.where(tl.max(m_far.to(tl.int32), 0) > 0, count, 0)
     # the row's bit of a word; none for a row that reads all keys
     b_bit = m_far.to(tl.int32) << pos // QB % (LB // QB)
+    # ids are read a step ahead: copies of keys and values that waited for a load of their own step could not run ahead of it
+    b_id = tl.load(ids + p_i + o_n // R, mask=o_n < count, other=0)
+    b_w = tl.load(words + p_i + o_n // R, mask=o_n < count, other=0)
     for n in tl.range(0, count, BN, num_stages=STAGES):
         o_p = n + o_n
         m_n = o_p < count
-        o_k = tl.load(ids + p_i + o_p // R, mask=m_n, other=0) * R + o_p % R
+        o_k = b_id * R + o_p % R
+        b_id = tl.load(ids + p_i + (o_p + BN) // R, mask=o_p + BN < count, other=0)
         # never outside the keys, whatever the support holds
         o_k = tl.maximum(tl.minimum(o_k, stop - 1), 0)
         if MEMBER:
-            b_w = tl.load(words + p_i + o_p // R, mask=m_n, other=0)
             m_mk = (b_w[None, :] & b_bit[:, None]) != 0
+            b_w = tl.load(words + p_i + (o_p + BN) // R, mask=o_p + BN < count, other=0)
         else:
             m_mk = m_n[None, :] & m_far[:, None]
         b_o, b_max, b_sum = _attend(

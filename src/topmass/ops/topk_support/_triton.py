@@ -18,7 +18,7 @@ WARPS = 8 if INTERPRETED else 4096
 LANES = 128 if INTERPRETED else 32
 SCRATCH_BYTES = 64 * 2**20
 # kept keys that a warp holds in registers; registers of a thread, so that 16 warps fit
-KEYS_PER_WARP, REGISTERS = 2048, 128
+KEYS_PER_WARP, REGISTERS = 1024, 128
 # the longest list of candidates that a program sorts out in registers; longer ones are read again for every bit
 MOST_KEPT = 32768
 
