@@ -161,6 +161,8 @@ def test_real_interrupt(model: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "topmass.cli", *map(str, argv), "--out", "run"],
         env=os.environ | {"PYTHONPATH": SRC, "TRITON_INTERPRET": "0"}, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        # a shell's background jobs ignore interrupts, and so would this
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     journal = tmp_path / "run.partial" / "journal.jsonl"
     deadline = time.monotonic() + 120
