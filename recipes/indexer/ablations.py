@@ -248,10 +248,14 @@ def served(name: str, indexer: Indexer, length: int) -> dict[str, Any]:
     """What is evaluated with an indexer, by label: itself, and beside the first one everything that needs no training."""
     budget = int(length * SHARE)
     found: dict[str, Any] = {name: indexer.selector(budget=budget_of(indexer, length))}
+    block = Granularity(q_block=SHARED)
+    if VARIANTS[name].changes is None:
+        found[f"{name}, shared by {SHARED}, max"] = with_reduce(indexer, "max").selector(
+            budget=budget + SHARED // 2, granularity=block
+        )
     if name != FIRST:
         return found
     layers = sorted(indexer.info.layers)
-    block = Granularity(q_block=SHARED)
     found |= {"dense": topmass.DenseSelector(), "oracle": topmass.OracleSelector(budget=budget)}
     found["oracle per KV head"] = topmass.OracleSelector(budget=budget, granularity=Granularity(share="kv_head"))
     for share in ("1/32", "1/8", "1/64,7/64", "1/32,3/32", "3/32,1/32"):

@@ -387,6 +387,14 @@ class Found:
         cell = self.table.cell(length, self.setting[length, label]) if (length, label) in self.setting else None
         return cell.score if cell else None
 
+    def haystacks(self, label: str, length: int) -> int:
+        """Haystacks of the task that has the fewest."""
+        found: dict[str, set[int]] = {task: set() for task in self.tasks}
+        for r in self.rows[length]:
+            if r["config"] == label:
+                found[r["task"]].add(r["haystack"])
+        return min(map(len, found.values()))
+
     def keys(self, label: str, length: int) -> float:
         """Achieved keys per query."""
         cell = self.table.cell(length, self.setting[length, label])
@@ -424,15 +432,13 @@ def score_table(nine: Found, ten: Found) -> str:
                 "" if label == "dense" else points(f.difference("dense", label, [n]) if f.setting else None)
                 for f in (nine, ten)
             ]
-            per_task = {
-                len({r["haystack"] for r in ten.rows[n] if r["config"] == label and r["task"] == t}) for t in ten.tasks
-            }
+            per_task = ten.haystacks(label, n)
             recall = ten.table.recall(n, ten.setting[n, label])
             rows.append(
-                [f"{n:,}", label, f"{ten.keys(label, n):,.0f}", f"{100 * ten.keys(label, n) / n:.1f} %", str(min(per_task)),
+                [f"{n:,}", label, f"{ten.keys(label, n):,.0f}", f"{100 * ten.keys(label, n) / n:.1f} %", str(per_task),
                  points(nine.score(label, n)), *losses, "" if recall is None or label == "dense" else f"{recall:.2f}"]
             )  # fmt: skip
-    header = ["context", "keys by", "achieved keys", "of the context", "haystacks a task", "nine tasks (%)", "dense minus it, nine", "ten", "recall"]  # fmt: skip
+    header = ["context", "keys by", "achieved keys", "of the context", "haystacks a task", "nine tasks (%)", "points below dense, nine tasks", "ten tasks", "support recall"]  # fmt: skip
     return table(header, rows)
 
 
@@ -452,26 +458,162 @@ def gap_table(nine: Found, ten: Found) -> str:
     return table(["context", "gap", "points, nine tasks", "points, ten tasks"], rows)
 
 
-def task_table(found: Found) -> str:
+SERVED = ("oracle", "indexer", "indexer shared")
+
+
+def unchanged(found: Found, task: str) -> bool:
+    """Whether every common sample of a task scores as with dense attention, whoever chooses its keys."""
+    losses = [found.difference("dense", label, [n], task) for label in SERVED for n in found.lengths]
+    return all(loss is None or (loss.point == 0 and "bootstrap" not in loss.method) for loss in losses)
+
+
+def task_parts(found: Found) -> list[str]:
+    """A table of the tasks where some sample scores otherwise than with dense attention, and the names of the rest."""
+    columns = pooled(found.lengths)
+    same = [task for task in found.tasks if unchanged(found, task)]
+    rows = [
+        [f"`{task}`", label, *(points(found.difference("dense", label, lengths, task)) for _, lengths in columns)]
+        for task in found.tasks
+        for label in SERVED
+        if label in found.labels and task not in same
+    ]
+    parts = [table(["task", "keys by", *(f"{name}" for name, _ in columns)], rows)] if rows else []
+    if same:
+        n = min(found.haystacks("indexer", length) for length in found.lengths)
+        # two-sided 95 %, as topmass.results.stats has it
+        bound = 100 * 3.84 / (n + 3.84)
+        parts.append(
+            f"On {sentence(same)} every sample scores as with dense attention, for the three alike: with {n} haystacks the indexer's difference lies within "
+            f"{bound:.1f} points at each length."
+        )
+    return parts
+
+
+def layer_parts(single: Sequence[LoadedRun], losing: Sequence[str], out: Path) -> list[str]:
+    """What one sparse layer loses, or how to find out."""
+    if not single:
+        if not losing:
+            return []
+        command = f"PYTHONPATH=src python recipes/indexer/gaps.py layers --out {out} --tasks {' '.join(losing)}"
+        return [f"Not measured yet: which layer it is on {sentence(losing)}. Run\n\n```\n{command}\n```"]
+    found = Found(single)
     columns = pooled(found.lengths)
     rows = [
-        [task, label, *(points(found.difference("dense", label, lengths, task)) for _, lengths in columns)]
-        for task in found.tasks
-        for label in ("oracle", "indexer", "indexer shared")
-        if label in found.labels
-    ]
-    return table(["task", "keys by", *(f"{name}" for name, _ in columns)], rows)
-
-
-def layer_table(found: Found) -> str:
-    columns = [(n, [n]) for n in found.lengths]
-    rows = [
-        [task, label, *(points(found.difference("dense", label, lengths, task)) for _, lengths in columns)]
+        [f"`{task}`", label, *(points(found.difference("dense", label, lengths, task)) for _, lengths in columns)]
         for task in found.tasks
         for label in found.labels
         if label != "dense"
     ]
-    return table(["task", "sparse", *(f"{n:,}" for n, _ in columns)], rows)
+    counted = " and ".join(str(c) for c in sorted({found.haystacks("dense", n) for n in found.lengths}))
+    return [
+        f"Each row makes one full-attention layer sparse, with the share of the budget that it has in the tables above; {counted} haystacks a task and length.",
+        *(layer_words(found, task) for task in found.tasks),
+        table(["task", "sparse", *(name for name, _ in columns)], rows),
+    ]
+
+
+def layer_words(found: Found, task: str) -> str:
+    """Which layer loses points on a task, in a sentence."""
+    together = pooled(found.lengths)[-1][1]
+    labels = [label for label in found.labels if label.startswith("indexer layer ")]
+    losses = {label: found.difference("dense", label, together, task) for label in labels}
+    real = [f"layer {label.split()[-1]} ({points(loss)})" for label, loss in losses.items() if loss and loss.low > 0]
+    told = ", ".join(f"layer {label.split()[-1]} {points(loss)}" for label, loss in losses.items())
+    if not real:
+        return f"`{task}`: with the indexer no single layer's loss is told from zero on these samples ({told})."
+    others = ", ".join(f"layer {x.split()[-1]} {points(y)}" for x, y in losses.items() if not (y and y.low > 0))
+    return f"`{task}`: with the indexer the loss is in {sentence(real, ticks=False)}" + (
+        f"; not told from zero: {others}." if others else "."
+    )
+
+
+def sentence(names: Sequence[str], *, ticks: bool = True) -> str:
+    """Names as a list in words."""
+    marked = [f"`{n}`" if ticks else n for n in names]
+    return ", ".join(marked[:-1]) + f" and {marked[-1]}" if len(marked) > 1 else "".join(marked)
+
+
+def real_gaps(ten: Found) -> list[str]:
+    """Tasks on which the indexer's loss against dense attention is above zero with its whole interval, all lengths together or at one."""
+    found = []
+    for task in ten.tasks:
+        losses = [ten.difference("dense", "indexer", lengths, task) for _, lengths in pooled(ten.lengths)]
+        if any(loss is not None and loss.low > 0 for loss in losses):
+            found.append(task)
+    return found
+
+
+def devices(runs: Sequence[LoadedRun]) -> str:
+    """Where each length ran; more than one device where a run was resumed on another."""
+    by_device: dict[str, list[str]] = {}
+    for run in runs:
+        used = [a["device"] for a in run.manifest.get("attempts", [])] or [run.manifest["device"]]
+        name = " and ".join(dict.fromkeys(d.partition(",")[0] for d in used))
+        by_device.setdefault(name, []).append(f"{run.manifest['config']['length']:,}")
+    return "; ".join(f"{name} ({', '.join(lengths)} tokens)" for name, lengths in by_device.items())
+
+
+def short_parts(runs: Sequence[LoadedRun], nine: Found, ten: Found, found: Sequence["Check"]) -> list[str]:
+    """The answer in a few lines."""
+    name, together = pooled(ten.lengths)[-1]
+    where = sentence([f"{n:,}" for n in together], ticks=False) + " tokens" + " together" * (name == "together")
+    config = runs[0].manifest["config"]
+    shares = Shares.parse(config["budget"])
+
+    def both(a: str, b: str, lengths: Sequence[int]) -> str:
+        return f"{points(nine.difference(a, b, lengths))} points on nine tasks and {points(ten.difference(a, b, lengths))} on ten"
+
+    lines = [
+        f"The indexer loses {both('dense', 'indexer', together)} against dense attention ({where}).",
+        "By length, nine tasks: " + "; ".join(f"{n:,}: {points(nine.difference('dense', 'indexer', [n]))}" for n in ten.lengths) + ".",
+    ]  # fmt: skip
+    trained = int(config.get("trained_length") or 0)
+    if beyond := [n for n in ten.lengths if trained and n >= 2 * trained]:
+        n = beyond[0]
+        lines.append(
+            f"It was trained on at most {trained:,} tokens; at {n:,} it loses {both('dense', 'indexer', [n])}."
+        )
+    shown = ", ".join(str(s) for s in shares.shares)
+    lines.append(
+        f"Budget: {shown} of the context in the full-attention layers, {shares.mean} in the mean; achieved "
+        + ", ".join(f"{ten.keys('indexer', n):,.0f}" for n in ten.lengths)
+        + " keys per query."
+        + (f" One layer has more than {LARGEST}: the mean keeps to that bound, not every layer." if max(shares.shares) > LARGEST else "")
+    )  # fmt: skip
+    losing = real_gaps(ten)
+    lines.append(
+        f"A real gap, its whole interval above zero at one length or together, remains on {sentence(losing)} and on no other task of the {len(ten.tasks)}."
+        if losing
+        else "On no task does the whole interval of the indexer's loss lie above zero."
+    )
+    if ten.difference("indexer", "indexer shared", together) is not None:
+        worst = {t: ten.difference("indexer", "indexer shared", together, t) for t in ten.tasks}
+        where_lost = [f"`{t}` {points(i)}" for t, i in worst.items() if i is not None and i.low > 0]
+        lines.append(
+            f"One selection for {SHARED} queries loses another {both('indexer', 'indexer shared', together)}: {', '.join(where_lost)}."
+        )
+    failed = [c.name for c in found if not c.holds]
+    lines.append(
+        f"{len(found) - len(failed)} of {len(found)} checks hold" + (f"; not: {'; '.join(failed)}." if failed else ".")
+    )
+    return ["\n".join(f"- {line}" for line in lines)]
+
+
+def choice_parts(runs: Sequence[LoadedRun]) -> list[str]:
+    """The candidates for the budget on the development seed."""
+    found = Found(runs)
+    specs = [label.removeprefix("indexer ") for label in found.labels if label.startswith("indexer ")]
+    lengths = found.lengths
+    rows = [
+        [spec, f"{Shares.parse(spec).mean}", points(found.difference("dense", f"indexer {spec}", lengths)),
+         *(points(found.difference("dense", f"{name} {spec}", lengths)) for name in FAR_ROLES[:3])]
+        for spec in specs
+    ]  # fmt: skip
+    counted = " and ".join(f"{found.haystacks('dense', n)} haystacks at {n:,}" for n in lengths)
+    return [
+        f"Points below dense attention on the development seed, {sentence(found.tasks)}, {counted} together; baselines on fewer.",
+        table(["budget by layer", "mean", "indexer", *FAR_ROLES[:3]], rows),
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -559,23 +701,29 @@ def report(args: argparse.Namespace) -> int:
     nine, ten = Found(runs, NINE), Found(runs)
     found = checks(runs, nine, ten)
     config = runs[0].manifest["config"]
+    losing = real_gaps(ten)
     note = (
-        f"Budget: {config['budget']} of the context. {runs[0].manifest['device']}, {runs[0].manifest['started'][:10]}. Points with paired 95 % "
+        f"Budget: {config['budget']} of the context. {devices(runs)}; bfloat16, begun {runs[0].manifest['started'][:10]}. Points with paired 95 % "
         f"intervals, haystacks resampled. Nine tasks: all but `{TENTH}`."
     )
     parts = [
-        "## Scores",
+        "## In short",
+        *short_parts(runs, nine, ten, found),
         note,
-        score_table(nine, ten),
         "## Gaps",
         "Each row is taken on the samples that its two sides share: those with the oracle or the shared selection rest on fewer haystacks, so the steps add up to "
-        "dense minus indexer only nearly.",
+        "dense minus indexer only nearly. A negative gap gains.",
         gap_table(nine, ten),
+        "## Scores",
+        "A query attends to itself and to what comes before it, so dense attention reads half of the context in the mean.",
+        score_table(nine, ten),
         "## Points below dense, by task",
-        task_table(ten),
+        *task_parts(ten),
     ]
-    if single := load_parts(args.out, "layers"):
-        parts += ["## One sparse layer, the others dense: points below dense", layer_table(Found(single))]
+    if single := layer_parts(load_parts(args.out, "layers"), losing, args.out):
+        parts += ["## One sparse layer, the others dense: points below dense", *single]
+    if chosen := load_parts(args.out, "choose"):
+        parts += ["## How the budget was chosen", *choice_parts(chosen)]
     parts += ["## Checks", "\n".join(f"- {c}" for c in found)]
     text = "\n\n".join(parts) + "\n"
     (args.out / "gaps.md").write_text(text)

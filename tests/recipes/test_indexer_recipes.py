@@ -160,6 +160,72 @@ def test_the_budget_is_the_smallest_of_the_best(recipes, tmp_path) -> None:
     assert large["feasible"]
 
 
+def test_the_report_names_what_keeps_a_gap_and_what_does_not(recipes, tmp_path) -> None:
+    runs = runs_of(recipes, tmp_path)
+    for run in runs:
+        for row in run.records:
+            if row["task"] == "majority" and row["config"] == "indexer":
+                row["score"] = 0.0
+            if row["task"] == "niah_uuid" and row["config"] in recipes.gaps.SERVED:
+                row["score"] = next(
+                    r["score"] for r in run.records
+                    if (r["task"], r["haystack"], r["config"]) == ("niah_uuid", row["haystack"], "dense")
+                )  # fmt: skip
+    nine, ten = recipes.gaps.Found(runs, recipes.common.NINE), recipes.gaps.Found(runs)
+
+    assert recipes.gaps.real_gaps(ten) == ["majority"]
+    rows, rest = recipes.gaps.task_parts(ten)
+    assert "`majority`" in rows
+    assert "`niah_uuid`" not in rows
+    assert "`niah_uuid`" in rest
+    (text,) = recipes.gaps.short_parts(runs, nine, ten, recipes.gaps.checks(runs, nine, ten))
+    assert "remains on `majority` and on no other task of the 10" in text
+    assert "the same, ten tasks" in text.rpartition("not: ")[2]
+    missing = "\n".join(recipes.gaps.layer_parts([], ["majority"], tmp_path))
+    assert f"layers --out {tmp_path} --tasks majority" in missing
+
+
+def test_the_layer_that_loses_is_named(recipes, tmp_path) -> None:
+    scores = {"dense": 0.95, "indexer layer 3": 0.4, "oracle layer 3": 0.9, "indexer layer 7": 0.95}
+    (run,) = runs_of(recipes, tmp_path, lengths=(4096,))
+    rows = [
+        row | {"budget": None if row["config"] == "dense" else f"plan({row['config'].split()[-1]}:64)"}
+        for row in rows_of(recipes, 4096, n=40, scores=scores, budget=1 / 16)
+        if row["task"] == "majority"
+    ]
+    words = recipes.gaps.layer_parts([replace(run, records=rows)], ["majority"], tmp_path)[1]
+    assert words.startswith("`majority`: with the indexer the loss is in layer 3 (")
+    assert "not told from zero: layer 7 0.0 [" in words
+
+
+def test_a_device_is_named_for_the_lengths_that_it_ran(recipes, tmp_path) -> None:
+    runs = runs_of(recipes, tmp_path)
+    runs[2].manifest["attempts"] = [{"device": "a GPU, bfloat16"}, {"device": "another GPU, bfloat16"}]
+    assert recipes.gaps.devices(runs) == "a GPU (4,096, 8,192 tokens); a GPU and another GPU (16,384 tokens)"
+
+
+def test_a_budget_by_mass_is_compared_at_equal_keys(recipes) -> None:
+    found = object.__new__(recipes.page.Ablations)
+    found.lengths = [4096]
+    samples = [(4096, "majority", h, 0) for h in range(20)]
+    levels = {"low": (0.5, 100.0), "high": (0.7, 400.0), "mass": (0.6, 200.0)}
+    found.scores = {label: dict.fromkeys(samples, score) for label, (score, _) in levels.items()}
+    found.keys = {(label, 4096): [keys] for label, (_, keys) in levels.items()}
+    # 200 keys lie halfway between 100 and 400 on a logarithmic axis
+    assert found.minus_between("mass", "low", "high").point == pytest.approx(0.0)
+    assert found.minus("mass", "low").point == pytest.approx(0.1)
+    assert found.minus_between("high", "low", "mass") is None
+
+
+def test_the_published_ablations_make_every_section(recipes) -> None:
+    folder = FOLDER.parents[1] / "benchmarks" / "indexer-ablations"
+    parts = recipes.page.ablation_parts(recipes.page.Ablations(folder))
+    headings = [part for part in parts if part.startswith("### ")]
+    assert len(headings) == 12
+    assert sum(part.startswith("What it tells:") for part in parts) >= 11
+    assert "nan" not in "\n".join(parts).split()
+
+
 def test_curves_are_held_against_run_to_run_noise(recipes) -> None:
     within = recipes.training.within
     assert within({"mean": 3e-3, "largest": 1.0}, {"mean": 2e-3, "largest": 1.0})

@@ -2,7 +2,7 @@
 
 import pytest
 
-from topmass.report.aggregate import AuditTable, EvalTable, Setting, budget_order
+from topmass.report.aggregate import AuditTable, EvalTable, Setting, budget_keys, budget_name, budget_order
 
 
 def rows_of(rows: list[dict], selector: str, **columns) -> list[dict]:
@@ -97,3 +97,26 @@ def test_audit_clusters_by_text(audit_rows, make_run) -> None:
 def test_budgets_sort_by_size() -> None:
     budgets = ["mass:0.95<=512", "1024", "5%", "64", "100/3%"]
     assert sorted(budgets, key=budget_order) == ["64", "1024", "5%", "100/3%", "mass:0.95<=512"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "name", "keys"),
+    [
+        (None, "", None),
+        ("256", "256", 256),
+        ("6.25%", "6.25%", None),
+        ("plan(3:448, 7:64, default:dense)", "448+64", 256),
+        ("plan(3:64, 7:dense, default:dense)", "64+dense", None),
+        ("plan(3:64, 7:12.5%, default:dense)", "64+12.5%", None),
+        ("plan(3:64, default:8)", "64, others 8", None),
+        ("plan(0:64, 1:64, 2:64, 3:512, 4:1024, default:dense)", "64x3+512+1024", 345.6),
+    ],
+)
+def test_budgets_have_names_and_tokens(budget, name, keys) -> None:
+    assert budget_name(budget) == name
+    assert budget_keys(budget) == (None if keys is None else pytest.approx(keys))
+
+
+def test_plans_are_ordered_by_their_tokens() -> None:
+    plans = ["plan(3:1792, 7:256, default:dense)", "512", "plan(3:448, 7:64, default:dense)"]
+    assert sorted(plans, key=budget_order) == [plans[2], plans[1], plans[0]]

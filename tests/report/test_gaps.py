@@ -135,12 +135,20 @@ def test_the_first_screen_ends_with_the_gaps(cells, setting, make_run) -> None:
 
 def test_a_plan_is_one_name_in_words_and_lines_in_the_figure(setting, make_run, tmp_path) -> None:
     plan = "plan(3:448, 7:64, default:dense)"
-    cells = [("dense", None, 1, 2000, 0.95), ("oracle", plan, 1, 240, 0.95), ("indexer", plan, 1, 240, 0.95)]
+    wider = "plan(3:464, 7:80, default:dense)"
+    cells = [("dense", None, 1, 2000, 0.95), ("oracle", plan, 1, 240, 0.95), ("indexer", plan, 1, 240, 0.9)]
+    # a shared selection keeps room for its own queries: another budget, as many keys
+    cells += [("indexer", wider, 32, 241, 0.5), ("indexer", "plan(3:900, 7:80, default:dense)", 32, 440, 0.6)]
 
     run = make_run("eval", rows_of(setting, cells))
     content = compose([run], command="")
 
-    assert any("the keys by layer (3:448, 7:64, default:dense) per query" in answer for answer in content.answers)
+    enough, *_, lost = [answer for answer in content.answers if answer.startswith("At 4K")]
+    assert "448+64 keys by layer per query" in enough
+    assert lost.startswith("At 4K tokens and 448+64 keys by layer per query, points lost")
+    assert lost.count("to sharing by 32") == 1
+    tables = [item for section in content.sections for item in section.items if hasattr(item, "rows")]
+    assert not any("plan(" in cell for t in tables for row in [t.header, *t.rows] for cell in row)
     build([run.path], tmp_path / "report")
     figure = (tmp_path / "report" / "figures" / "gaps-4096.svg").read_text()
     assert ">3:448<" in figure

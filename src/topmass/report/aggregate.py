@@ -1,6 +1,7 @@
 """From records to the numbers of a report: settings, achieved keys, scores and paired differences with intervals."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -9,7 +10,7 @@ from typing import Any
 from topmass.results import LoadedRun
 from topmass.results.stats import Interval, macro_mean, mean
 
-__all__ = ["AuditTable", "Cell", "EvalTable", "Setting"]
+__all__ = ["AuditTable", "Cell", "EvalTable", "Setting", "budget_keys", "budget_name"]
 
 Row = dict[str, Any]
 Sample = tuple[int, int, int]
@@ -96,11 +97,49 @@ def _setting(columns: tuple[tuple[str, Any], ...]) -> Setting:
     return Setting(**dict(columns))
 
 
+def _by_layer(budget: str | None) -> dict[str, str]:
+    """Budget by layer of a plan as records spell it; empty if it is no plan."""
+    text = budget or ""
+    if not text.startswith("plan("):
+        return {}
+    entries = (part.rpartition(":") for part in text.removeprefix("plan(").removesuffix(")").split(", "))
+    return {layer: own for layer, _, own in entries}
+
+
+def budget_name(budget: str | None) -> str:
+    """A nominal budget for people: a plan is named by its layers' budgets in their order.
+
+    Example:
+        >>> budget_name("256"), budget_name("plan(3:448, 7:64, default:dense)")
+        ('256', '448+64')
+        >>> budget_name("plan(0:64, 1:64, 2:64, 3:512, 4:512, 5:1024, default:dense)")
+        '64x3+512x2+1024'
+    """
+    plan = _by_layer(budget)
+    if not plan:
+        return budget or ""
+    # every layer is named, or else the default has a say as well
+    own = [b for layer, b in plan.items() if layer != "default"]
+    runs = [(b, len(list(group))) for b, group in itertools.groupby(own)]
+    short = len(own) > 4
+    name = "+".join(f"{b}x{n}" if short and n > 1 else "+".join([b] * n) for b, n in runs)
+    return name if plan.get("default") == "dense" else f"{name}, others {plan.get('default')}"
+
+
+def budget_keys(budget: str | None) -> float | None:
+    """Tokens of a nominal budget, of a plan their mean over the layers that it names; `None` if it is not in tokens."""
+    plan = _by_layer(budget)
+    own = [b for layer, b in plan.items() if layer != "default"] if plan else [budget or ""]
+    if not own or not all(b.isdigit() for b in own) or plan.get("default", "dense") != "dense":
+        return None
+    return sum(map(int, own)) / len(own)
+
+
 def budget_order(budget: str | None) -> tuple[int, float, str]:
     """Sort key of nominal budgets: tokens by size, then fractions, then the rest."""
     text = budget or ""
-    if text.isdigit():
-        return 0, float(text), text
+    if (keys := budget_keys(budget)) is not None:
+        return 0, keys, text
     if text.endswith("%"):
         return 1, float(Fraction(text[:-1])), text
     return 2, 0.0, text

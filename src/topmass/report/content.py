@@ -6,10 +6,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from topmass.report import bench, bench_figures, figures, serve, ttft_figures, ttft_text
-from topmass.report.aggregate import ENOUGH_POINT, AuditTable, Cell, EvalTable, Setting, budget_order
+from topmass.report.aggregate import (
+    ENOUGH_POINT,
+    AuditTable,
+    Cell,
+    EvalTable,
+    Setting,
+    budget_keys,
+    budget_name,
+    budget_order,
+)
 from topmass.report.figures import label_of, tokens
 from topmass.report.frontier import find_frontier
-from topmass.report.gaps import Gap, find_gaps
+from topmass.report.gaps import NEAR, Gap, find_gaps
 from topmass.report.timings import BenchTable
 from topmass.results import LoadedRun
 from topmass.results.stats import Interval
@@ -256,7 +265,7 @@ def _tasks(table: EvalTable, length: int) -> str:
 def _budget(setting: Setting) -> str:
     budget = setting.budget or "?"
     if budget.startswith("plan("):
-        return f"the keys by layer ({budget[5:-1]})"
+        return f"{budget_name(budget)} keys by layer"
     return (
         f"{int(budget):,} keys" if budget.isdigit() else f"{budget} of the keys" if "%" in budget else f"{budget} keys"
     )
@@ -284,16 +293,26 @@ def _gap_answer(table: EvalTable, length: int) -> str:
     """The gaps of one budget: the largest of at most a sixteenth of the context, or else the smallest."""
     found = {(g.served, g.name): g.interval for g in find_gaps(table, [length]) if g.interval}
     alone = [s for s, name in found if s.per_query and name == "indexer"]
-    alone = [s for s in alone if (s.budget or "").isdigit()]
-    small = [s for s in alone if int(s.budget or 0) <= length / 16]
-    if not alone:
+    keys = {s: k for s in alone if (k := budget_keys(s.budget)) is not None}
+    small = [s for s in keys if keys[s] <= length / 16]
+    if not keys:
         return ""
-    chosen = max(small, key=lambda s: int(s.budget or 0)) if small else min(alone, key=lambda s: int(s.budget or 0))
-    shared = [s for s, name in found if name == "sharing" and replace(s, q_block=1) == chosen]
+    chosen = max(small, key=keys.__getitem__) if small else min(keys, key=keys.__getitem__)
+    shared = [s for s, name in found if name == "sharing" and _shares(table, length, s, chosen)]
     lost = [("the budget", found.get((chosen, "oracle"))), ("the indexer", found[chosen, "indexer"])]
     lost += [(f"sharing by {s.q_block}", found[s, "sharing"]) for s in shared]
     parts = [f"{_points(i.point)} to {what} ({_points(i.low)} to {_points(i.high)})" for what, i in lost if i]
     return f"At {tokens(length)} tokens and {_budget(chosen)} per query, points lost with 95 % intervals: {', '.join(parts)}."
+
+
+def _shares(table: EvalTable, length: int, shared: Setting, alone: Setting) -> bool:
+    """Whether `shared` is `alone` with queries that share: at its budget, or at one that reads as many keys."""
+    if replace(shared, q_block=1) == alone:
+        return True
+    cells = [table.cell(length, s) for s in (shared, alone)]
+    same = replace(shared, q_block=1, budget=None) == replace(alone, budget=None)
+    read = [c.keys for c in cells if c is not None]
+    return same and len(read) == 2 and abs(read[0] - read[1]) <= NEAR * read[1]
 
 
 def _audit_answers(table: AuditTable) -> list[str]:
@@ -380,7 +399,7 @@ def _task_table(table: EvalTable, length: int) -> list[Table]:
         cells = [table.cell(length, s, task) for s in settings]
         rows.append([task, *(_loss(c).partition(";")[0].replace("**", "") for c in cells)])
     caption = f"{tokens(length)} tokens, per query: dense minus oracle in points for each task and nominal budget."
-    header = ["task", *(s.budget or "" for s in settings)]
+    header = ["task", *(budget_name(s.budget) for s in settings)]
     return [Table(caption=caption, header=header, rows=rows)] if settings else []
 
 
@@ -399,7 +418,7 @@ def _oracle_table(
     grid: dict[tuple[tuple[int, int], str | None], Cell], sizes: list[tuple[int, int]], length: int
 ) -> Table:
     budgets = sorted({b for g, b in grid if g in sizes}, key=budget_order)
-    rows = [[budget or "", *(_loss(grid.get((g, budget))) for g in sizes)] for budget in budgets]
+    rows = [[budget_name(budget), *(_loss(grid.get((g, budget))) for g in sizes)] for budget in budgets]
     marked = f" {NOT_CAUSAL.capitalize()} where queries share." if any(q > 1 for q, _ in sizes) else ""
     return Table(
         caption=f"{tokens(length)} tokens: dense minus oracle in points, mean over tasks, with 95 % interval; achieved "
@@ -458,7 +477,7 @@ def _gaps_table(table: EvalTable, gaps: Sequence[Gap], lengths: Sequence[int], w
         known = [r for r in recall if r is not None]
         rows.append(
             [
-                served.budget or "",
+                budget_name(served.budget),
                 _granularity(served.granularity),
                 *(_gap(mine.get(name)) for name in ("oracle", "indexer", "sharing", "realization", "total")),
                 f"{sum(known) / len(known):.3f}" if known else "",
@@ -494,7 +513,10 @@ def _gaps_by_task(table: EvalTable, gaps: Sequence[Gap], lengths: Sequence[int],
             terms = [{n: {dense: 1.0, oracle: -1.0} for n in lengths}, {n: {oracle: 1.0, s: -1.0} for n in lengths}]
             found += [_score(table.contrast(t, task)) for t in terms if dense is not None]
         rows.append([task, *found])
-    header = ["task", *(f"{step}, {s.budget} keys" for s in served for step in ("dense - oracle", "oracle - indexer"))]
+    header = [
+        "task",
+        *(f"{step}, {budget_name(s.budget)} keys" for s in served for step in ("dense - oracle", "oracle - indexer")),
+    ]
     return Table(
         caption=f"{where}: oracle and indexer gap of each task in points.", header=header, rows=rows, folded=True
     )
@@ -523,7 +545,7 @@ def _setting(s: Setting) -> list[str]:
     note = "" if s.causal else " (not causal)"
     return [
         label_of(s.selector),
-        s.budget or "",
+        budget_name(s.budget),
         _granularity(s.granularity) + note,
         s.share,
         str(s.sink),
@@ -594,7 +616,12 @@ def _granularity_table(table: AuditTable, length: int) -> Table | None:
         if table.oracle(s) and (mass := table.over_layers(length, s, "retained_mass_mean")):
             keys = table.over_layers(length, s, "keys_read_mean")
             rows.append(
-                [s.budget or "", _granularity(s.granularity), _number(keys, ",.0f", bare=True), _number(mass, ".3f")]
+                [
+                    budget_name(s.budget),
+                    _granularity(s.granularity),
+                    _number(keys, ",.0f", bare=True),
+                    _number(mass, ".3f"),
+                ]
             )
     if not rows:
         return None
@@ -616,7 +643,7 @@ def _model_section(table: AuditTable) -> Section:
             if any(values):
                 note = "" if s.causal else " (not causal)"
                 numbers = [_number(v, spec) for v, spec in zip(values, (".2g", ".4f", "+.2%"), strict=True)]
-                rows.append([label_of(s.selector), s.budget or "", _granularity(s.granularity) + note, *numbers])
+                rows.append([label_of(s.selector), budget_name(s.budget), _granularity(s.granularity) + note, *numbers])
         header = ["selector", "budget", "granularity", "logit KL (nats)", "top-1 agreement", "perplexity change"]
         if rows:
             caption = f"All full-attention layers sparse, {tokens(n)} tokens, with 95 % interval over texts."

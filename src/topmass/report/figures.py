@@ -8,7 +8,7 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-from topmass.report.aggregate import AuditTable, Cell, EvalTable, Setting, budget_order
+from topmass.report.aggregate import AuditTable, Cell, EvalTable, Setting, budget_name, budget_order
 from topmass.report.gaps import Gap
 
 __all__ = [
@@ -240,7 +240,7 @@ def union_growth(table: AuditTable) -> alt.TopLevelMixin | None:
         .mark_text(align="left", dx=8, fontSize=11)
         .encode(x=x, y=y, text="layer:N", color=tint)
     )
-    title = f"{tokens(length)} tokens, budget {setting.budget}"
+    title = f"{tokens(length)} tokens, budget {budget_name(setting.budget)}"
     return _finish(chart.properties(width=420, height=230, title=title))
 
 
