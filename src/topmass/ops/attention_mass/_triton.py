@@ -15,16 +15,16 @@ __all__ = ["TILES", "attention_mass_triton", "launch_lse", "why_not"]
 
 LOG2E = 1.4426950408889634
 
-# by padded head dimension: [queries, keys] of a tile, query heads per load of the keys, warps, pipeline stages
+# fastest of recipes/kernels/sweep.py, by padded head dimension: [queries, keys] of a tile, query heads per load of the keys, warps, pipeline stages
 TILES = {
     "mass": {
-        64: {"BM": 128, "BN": 128, "INNER": 0, "num_warps": 8, "num_stages": 3},
-        128: {"BM": 128, "BN": 128, "INNER": 0, "num_warps": 8, "num_stages": 2},
+        64: {"BM": 64, "BN": 128, "INNER": 0, "num_warps": 4, "num_stages": 3},
+        128: {"BM": 64, "BN": 128, "INNER": 0, "num_warps": 4, "num_stages": 2},
         256: {"BM": 128, "BN": 128, "INNER": 0, "num_warps": 8, "num_stages": 2},
     },
     "lse": {
-        64: {"BM": 128, "BN": 128, "num_warps": 8, "num_stages": 3},
-        128: {"BM": 128, "BN": 128, "num_warps": 8, "num_stages": 3},
+        64: {"BM": 64, "BN": 128, "num_warps": 4, "num_stages": 3},
+        128: {"BM": 128, "BN": 128, "num_warps": 8, "num_stages": 2},
         256: {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 3},
     },
 }

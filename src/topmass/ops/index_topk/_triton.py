@@ -210,7 +210,7 @@ class _Tile(NamedTuple):
 
 # fastest of recipes/kernels/sweep.py: tiles that are stored as they are, whose rows are reduced first, and that are only
 # reduced to maxima, by padded head dimension
-PLAIN, REDUCED = _Tile(128, 64, 4, 3), _Tile(128, 128, 8, 2)
+PLAIN, REDUCED = _Tile(128, 64, 4, 3), _Tile(128, 64, 8, 2)
 GREATEST = {32: _Tile(256, 64, 4, 3), 64: _Tile(256, 64, 4, 3), 128: _Tile(256, 64, 8, 3)}
 
 

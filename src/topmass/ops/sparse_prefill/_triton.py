@@ -18,7 +18,7 @@ __all__ = ["Tile", "attend", "sparse_prefill_op", "sparse_prefill_triton", "supp
 # of unions and their words; longer prompts are done in chunks of tiles
 UNION_BYTES = 256 * 2**20
 # keys, warps, stages of a tile, fastest of recipes/kernels/sweep.py: 128 rows by padded head dimension, and all others
-WIDE = {128: (64, 8, 4), 256: (32, 8, 4)}
+WIDE = {64: (64, 4, 3), 128: (32, 4, 4), 256: (32, 8, 4)}
 NARROW = (64, 4, 2)
 
 

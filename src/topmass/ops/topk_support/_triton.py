@@ -19,6 +19,8 @@ LANES = 128 if INTERPRETED else 32
 SCRATCH_BYTES = 64 * 2**20
 # kept keys that a warp holds in registers; registers of a thread, so that 16 warps fit
 KEYS_PER_WARP, REGISTERS = 1024, 128
+# long rows keep up to 4 warps busy however few are kept
+CANDIDATES_PER_WARP = 8192
 # the longest list of candidates that a program sorts out in registers; longer ones are read again for every bit
 MOST_KEPT = 32768
 
@@ -326,7 +328,8 @@ def select_rows(
     B, rows, stride = scores.shape
     unit = 16 if stride % 16 == 0 and scores.data_ptr() % 16 == 0 else 1
     kept, sample = _sizes(max(most - first, 1), wanted)
-    warps = min(max(max(kept, sample) // KEYS_PER_WARP, 1), 16)
+    warps = max(max(kept, sample) // KEYS_PER_WARP, min((most - first) // CANDIDATES_PER_WARP, 4), 1)
+    warps = min(triton.next_power_of_2(warps), 16)
     width = kept + max(kept, sample)
     programs = min(B * rows, max(WARPS // warps, 1), max(SCRATCH_BYTES // (4 * width), 1))
     scratch = torch.empty(programs, width, dtype=torch.int32, device=scores.device)
