@@ -42,7 +42,7 @@ def start(
             "--nproc-per-node",
             str(processes),
         ]
-    environment = dict(os.environ)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
     with out.with_suffix(".log").open("ab") as log:
