@@ -1,7 +1,7 @@
 """Everything that is published of the kernels: layers of three shapes from 8K to 256K tokens, oracle, loss, own union growth.
 
-    PYTHONPATH=src python recipes/kernels/publish.py measure --out benchmarks/kernels --seconds 340    # one GPU; resumes
-    PYTHONPATH=src python recipes/kernels/publish.py finish --out benchmarks/kernels                   # anywhere: report
+    PYTHONPATH=src python recipes/kernels/publish.py measure --out benchmarks/kernels/layers --seconds 340    # one GPU; resumes
+    PYTHONPATH=src python recipes/kernels/publish.py finish --out benchmarks/kernels/layers            # anywhere: report
 
 `measure` works through a list, the most telling first, each item with its dense kernels in the same interleaved rounds and its results
 checked before. It leaves what does not fit in the time; the same command goes on there. Until `finish` everything lies in

@@ -82,6 +82,10 @@ def test_sanitizer_finds_nothing(name: str, tool: str) -> None:
     done = subprocess.run([*command, name], env=env, capture_output=True, text=True, timeout=500, check=False)
     if "not supported" in done.stdout and "ok" not in done.stdout:
         pytest.skip(f"compute-sanitizer cannot watch this device: {done.stdout[-200:]}")
+    if "Internal Sanitizer Error" in done.stdout:
+        pytest.skip(
+            f"compute-sanitizer's {tool} fails in itself: {done.stdout.split('Internal Sanitizer Error: ')[1][:80]}"
+        )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert f"{name} ok" in done.stdout
 
