@@ -209,18 +209,28 @@ def minutes(found: Ablations) -> str:
     return f"{training / 60:.0f} minutes of training, by the median rate of each, and {measuring / 60:.0f} of measuring"
 
 
+def seed_words(found: Ablations) -> str:
+    """How far two trainings are apart that differ in the seed."""
+    if "seed-1" not in found.about:
+        return ""
+    recall, mass = (
+        abs(found.over_lengths("seed-1", m) - found.over_lengths(FIRST, m)) for m in ("recall", "retained_mass")
+    )
+    return f"Two seeds (`seed-1`) are {recall:.2f} of recall and {100 * mass:.1f} points of mass apart: differences of that size say nothing. "
+
+
 def ablation_parts(found: Ablations) -> list[str]:
     """Tables of the trained variants and of what needs no training, in a fixed order."""
     first = found.about[FIRST]
     samples = len(found.scores[FIRST])
     tasks = sorted({task for _, task, *_ in found.scores[FIRST]})
     parts = [
-        f"`{FIRST}` is the first variant: dim 64, one head, the layer's input, single keys, trained per query. The others differ from it in what their name says. Every variant learned from "
+        f"`{FIRST}` is the first variant: dim 64, one head, the layer's input, single keys, trained per query. The others differ from it in what their name says. Every variant but `{SHIPPED}` learned from "
         f"the same {first['training']['tokens'] / 1e6:.1f} million tokens, sequences of {first['training']['config']['length']:,}; the budget is {first['budget']} of the context in every layer where nothing else is said. "
         f"{about_devices(found)}.",
         f"Recall, mass and KL are means over the full-attention layers on held-out text, a few sequences a length, without intervals; mass and KL also over the lengths. "
         f"Tasks: macro average of {', '.join(f'`{t}`' for t in tasks)}, {samples} samples; differences pool the lengths, with paired 95 % intervals. These are some "
-        f"four points to either side, so the tasks tell large differences only; recall and mass tell the small ones. Processes that shared a GPU took {minutes(found)}.",
+        f"four points to either side, so the tasks tell large differences only; recall and mass tell the small ones. {seed_words(found)}Processes that shared a GPU took {minutes(found)}.",
     ]  # fmt: skip
     if left := [n for n in EXPECTED if n not in found.about]:
         parts.append(
@@ -248,7 +258,7 @@ def shared_parts(found: Ablations) -> list[str]:
     other = [n for n in (SHIPPED, f"{SHIPPED}, {plain['max']}") if n in found.scores]
     parts = [
         f"### Mean or max over {SHARED} queries that share",
-        f"`shared by {SHARED}` is `{FIRST}`, trained per query, served so; `q-{SHARED}` is trained for the shared selection. Trained variants' recall is against the oracle that shares as well.",
+        f"`shared by {SHARED}` is `{FIRST}`, trained per query, served so; `q-{SHARED}` is trained for the shared selection, `{SHIPPED}` is the indexer in the package. In the second table recall is against the oracle that shares as well.",
         served(found, [*plain.values(), *names, *other], FIRST),
     ]  # fmt: skip
     best, other_way = SHARED_TRAINED
@@ -399,14 +409,19 @@ def neighbour_parts(found: Ablations) -> list[str]:
 
 def cost_parts(found: Mapping[str, Any]) -> list[str]:
     """Memory and speed of distillation."""
+    peaks = [r["peak_gib"] for r in found["modes"].values()]
+    whole = found.get("full_score_matrix_gib")
     return [
         f"`{found['shape']}` with random weights, one sequence of {found['tokens']:,} tokens, {found['device']}; {found['rounds']} interleaved rounds in one process, medians "
         "with 10th and 90th percentile.",
         table(
-            ["", "seconds", "tokens/s", "peak GiB"],
+            ["", "seconds", "tokens/s", "peak (GiB)"],
             [[name, f"{r['median']:.2f} [{r['p10']:.2f}, {r['p90']:.2f}]", f"{found['tokens'] / r['median']:,.0f}", f"{r['peak_gib']:.1f}"] for name, r in found["modes"].items()],
         ),
-        f"One step of distillation takes {found['ratio']:.2f} times the plain dense forward (target: at most {found['target']}).",
+        f"One step of distillation takes {found['ratio']:.2f} times the plain dense forward (target: at most {found['target']})."
+        + (f" With all rows it takes {found['ratio_all_rows']:.2f} times." if "ratio_all_rows" in found else ""),
+        f"Every peak includes the model, the indexers and their optimiser state; a step's is {max(peaks) - peaks[0]:.1f} GiB above the forward's."
+        + (f" One matrix of all scores, queries by keys, would take {whole:.1f} GiB in bfloat16." if whole else ""),
     ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -178,11 +179,74 @@ def test_the_report_names_what_keeps_a_gap_and_what_does_not(recipes, tmp_path) 
     assert "`majority`" in rows
     assert "`niah_uuid`" not in rows
     assert "`niah_uuid`" in rest
-    (text,) = recipes.gaps.short_parts(runs, nine, ten, recipes.gaps.checks(runs, nine, ten))
+    _, text = recipes.gaps.short_parts(runs, nine, ten, recipes.gaps.checks(runs, nine, ten))
     assert "remains on `majority` and on no other task of the 10" in text
     assert "the same, ten tasks" in text.rpartition("not: ")[2]
     missing = "\n".join(recipes.gaps.layer_parts([], ["majority"], tmp_path))
     assert f"layers --out {tmp_path} --tasks majority" in missing
+    assert "--budget" not in missing
+    assert "--tasks majority --budget 1/16\n" in "\n".join(
+        recipes.gaps.layer_parts([], ["majority"], tmp_path, budget="1/16")
+    )
+
+
+def test_what_was_to_be_shown_stands_first_and_says_where_it_fails(recipes, tmp_path) -> None:
+    runs = runs_of(recipes, tmp_path, budget="7/64,1/64")
+    uniform = runs_of(recipes, tmp_path, indexer=0.9, oracle=0.9)
+    nine, ten = recipes.gaps.Found(runs, recipes.common.NINE), recipes.gaps.Found(runs)
+    (tmp_path / "memory.json").write_text(
+        json.dumps({"shape": "a", "tokens": 32768, "target": 2.5, "ratio": 2.6, "modes": {"step": {"peak_gib": 21.0}}})
+    )
+    checks = ["PASS  one curve: mean distance 1e-06 nats", "Throughput: 1.50 times that of one process."]
+    (tmp_path / "two-gpus.json").write_text(json.dumps({"checks": checks, "throughput_ratio": 1.5}))
+
+    head, lines = recipes.gaps.short_parts(
+        runs, nine, ten, recipes.gaps.checks(runs, nine, ten), uniform=uniform, out=tmp_path
+    )
+    holds = {row.split(" | ")[0].strip("| "): row.split(" | ")[-1].strip("| ") for row in head.splitlines()}
+
+    assert holds["with a budget of at most 1/16 of the context"] == "in the mean, not in every layer"
+    assert holds["the same with 1/16 in every layer, nine tasks"] == "**no**"
+    assert holds["the same on ten tasks"] == "yes"
+    assert (
+        holds["distillation step of a model of the shape `a` at 32,768 tokens: at most 2.5 times the dense forward"]
+        == "**no**"
+    )
+    assert "| mean distance 1e-06 nats; 1.50 times the throughput | yes |" in head
+    assert re.search(r"the oracle [1-9]", lines)
+    assert "and the indexer against the oracle 0.0 [" in lines
+
+
+def test_a_budget_in_every_layer_is_shown_with_what_fails(recipes, tmp_path) -> None:
+    runs = runs_of(recipes, tmp_path, indexer=0.8, oracle=0.82)
+    (tmp_path / "choice.json").unlink()
+    runs[1].manifest["stopped"] = "out of time after 7 rows"
+    text = "\n".join(recipes.gaps.uniform_parts(runs))
+    assert "FAIL  indexer within 1 point" in text
+    assert "budget chosen on other seeds" not in text
+    assert "sharing" not in text
+    assert "8,192 tokens: out of time after 7 rows" in text
+
+
+def test_a_run_that_is_closed_says_where_it_stopped(recipes, tmp_path, monkeypatch) -> None:
+    gaps = recipes.gaps
+    args = SimpleNamespace(device="cpu", out=tmp_path, seconds=1e9, close=True, batch_tokens=512)
+    bench = gaps.Bench(args, None)
+    monkeypatch.setattr(gaps.Library, "order", lambda *_: None)
+    monkeypatch.setattr(gaps.Bench, "load", lambda self: setattr(self, "hash", "x"))
+    monkeypatch.setattr(gaps, "describe_device", lambda model: "a device")
+    row = rows_of(recipes, 512, n=1, scores={"dense": 1.0}, budget=1 / 16)[0]
+
+    def block(self, work, library, run, lo, hi) -> None:
+        run.append([row])
+        raise TimeoutError
+
+    monkeypatch.setattr(gaps.Bench, "_block", block)
+    work = gaps.Work(
+        part="test", length=512, tasks=("niah_single",), seed=5, selectors={}, counts={"dense": 2}, facts={}
+    )
+    assert bench.measure(work)
+    assert json.loads((tmp_path / "test-512" / "manifest.json").read_text())["stopped"] == "out of time after 1 rows"
 
 
 def test_the_layer_that_loses_is_named(recipes, tmp_path) -> None:
@@ -196,6 +260,23 @@ def test_the_layer_that_loses_is_named(recipes, tmp_path) -> None:
     words = recipes.gaps.layer_parts([replace(run, records=rows)], ["majority"], tmp_path)[1]
     assert words.startswith("`majority`: with the indexer the loss is in layer 3 (")
     assert "not told from zero: layer 7 0.0 [" in words
+    assert "with layer 7 sparse on 0 of 40." in words
+
+
+def test_tasks_together_tell_which_layer_loses_more(recipes, tmp_path) -> None:
+    scores = {"dense": 0.95, "indexer layer 3": 0.4, "oracle layer 3": 0.9, "indexer layer 7": 0.95}
+    (run,) = runs_of(recipes, tmp_path, lengths=(4096,))
+    rows = [
+        row | {"budget": None if row["config"] == "dense" else f"plan({row['config'].split()[-1]}:64)"}
+        for row in rows_of(recipes, 4096, n=40, scores=scores, budget=1 / 16)
+        if row["task"] in ("majority", "common_words")
+    ]
+    found = recipes.gaps.Found([replace(run, records=rows)])
+    text = recipes.gaps.layers_together(found)
+    assert text.startswith("`common_words` and `majority` together: layer 3 loses ")
+    assert "points more in layer 3 than in layer 7." in text
+    n, of = found.changed("indexer layer 3", "majority")
+    assert 0 < n < of == 40
 
 
 def test_a_device_is_named_for_the_lengths_that_it_ran(recipes, tmp_path) -> None:
