@@ -75,10 +75,11 @@ def main() -> int:
     size = model.config.get_text_config().vocab_size
     ids = torch.randint(0, size, (1, args.tokens), generator=torch.Generator().manual_seed(0)).to(device)
     weights = sum(p.nbytes for p in model.parameters()) / 2**30
-    prefill(model, ids[:, : min(2 * CHUNK, args.tokens)], CHUNK)
-    peak(device)
     dense = {}
     for name, chunk in (("once", args.tokens), ("chunked", CHUNK)):
+        # compiles and tunes for this length
+        prefill(model, ids, chunk)
+        peak(device)
         times = [seconds(lambda chunk=chunk: prefill(model, ids, chunk), device) for _ in range(args.rounds)]
         dense[name] = {"seconds": statistics.median(times), "all": times, "peak_gib": peak(device)}
         print(f"dense, {name}: {dense[name]}", file=sys.stderr, flush=True)

@@ -13,6 +13,7 @@ answers on at least 99.5 % of the samples, and an interval of the realization ga
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -105,7 +106,6 @@ def measure(args: argparse.Namespace) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     jobs = [(task, length, args.haystacks) for length in args.lengths for task in args.tasks]
     with ProcessPoolExecutor(args.workers) as pool:
-        texts = [pool.submit(make, job) for job in jobs]
         model, tokenizer = load_reference(device=device)
         indexers = load_indexers(args.indexers)
         selectors = configurations(args, indexers)
@@ -113,6 +113,8 @@ def measure(args: argparse.Namespace) -> int:
         paths = {indexer.digest: path for path, indexer in indexers.items()}
         take_times(args, model, tokenizer, selectors, paths, facts)
         mark(begin, "times")
+        # not before: busy cores would be in the times of a model that waits for launches
+        texts = [pool.submit(make, job) for job in jobs]
         samples = gather(texts)
         mark(begin, "text")
     dense: dict[str, Selector] = {"dense": topmass.DenseSelector()}
@@ -141,7 +143,7 @@ def take_times(
         "lengths": args.lengths, "batch": [1], "weights": "checkpoint", "linear_attention": describe_linear(model),
         "indexers": paths, "selectors": {name: s.config() for name, s in selectors.items()},
     }  # fmt: skip
-    with Run.open(args.out / "ttft", manifest("ttft", config, args, facts)) as run:
+    with Run.open(args.out / "ttft", manifest("ttft", config, facts)) as run:
         prompts, more = text_prompts(model, tokenizer, SEED), list(selectors.values())
         bench_ttft(model, setting, lengths=args.lengths, prompts=prompts, more=more, run=run)
 
@@ -165,7 +167,7 @@ def score(
         "lengths": args.lengths, "haystacks": args.haystacks, "tasks": list(args.tasks), "backend": backend,
         "selectors": {key: s.config() for key, s in selectors.items()},
     }  # fmt: skip
-    with Run.open(args.out / name, manifest("eval", config, args, facts)) as run:
+    with Run.open(args.out / name, manifest("eval", config, facts)) as run:
         try:
             evaluate_samples(
                 model, tokenizer, samples, selectors=selectors, backend=backend, batch_tokens=args.batch_tokens, run=run,
@@ -175,10 +177,9 @@ def score(
             print(f"{name}: out of time after {len(run.rows)} rows; the same command resumes", flush=True)
 
 
-def manifest(kind: Any, config: Row, args: argparse.Namespace, facts: Row) -> Row:
-    return make_manifest(
-        kind, config, seeds={"samples": SEED}, command=f"python recipes/frontier.py measure --out {args.out}", **facts
-    )
+def manifest(kind: Any, config: Row, facts: Row) -> Row:
+    command = shlex.join(["python", "recipes/frontier.py", *sys.argv[1:]])
+    return make_manifest(kind, config, seeds={"samples": SEED}, command=command, **facts)
 
 
 def gather(texts: Sequence[Future[list[Sample]]]) -> list[Sample]:
@@ -203,6 +204,10 @@ def finish(args: argparse.Namespace) -> int:
         stored = json.loads((partial / "manifest.json").read_text())
         key = stored.pop("key", None)
         with Run.open(args.out / name, stored, key=key, overwrite=True) as run:
+            # nothing is measured here
+            run.manifest["attempts"].pop()
+            if name != "ttft":
+                run.rows[:] = complete_haystacks(run.rows)
             print(run.finish(), len(run.rows), "rows")
     command = [sys.executable, "-m", "topmass.cli", "frontier", *(str(args.out / n) for n in ("ttft", "eval"))]
     subprocess.run([*command, "--out", str(args.out / "report")], check=True)
@@ -210,6 +215,20 @@ def finish(args: argparse.Namespace) -> int:
     (args.out / "realization.json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
     return 0 if found["pass"] else 1
+
+
+def complete_haystacks(rows: Sequence[Row]) -> list[Row]:
+    """Rows of the haystacks that every configuration answered on every task; time may have ended within one."""
+    wanted = len({(row["task"], row["config"]) for row in rows})
+    found: dict[tuple[int, int], set[tuple[str, str]]] = {}
+    for row in rows:
+        found.setdefault((row["length"], row["haystack"]), set()).add((row["task"], row["config"]))
+    kept = [row for row in rows if len(found[row["length"], row["haystack"]]) == wanted]
+    if len(kept) < len(rows):
+        print(
+            f"dropped {len(rows) - len(kept)} rows of haystacks that not every configuration and task has", flush=True
+        )
+    return kept
 
 
 def realization(kernels: Sequence[Row], arithmetic: Sequence[Row]) -> Row:

@@ -857,7 +857,7 @@ def report(args: argparse.Namespace) -> int:
     backends = sorted({r["backend"] for run in runs for r in run.records if r["config"] != "dense" and r["backend"]})
     note = (
         f"Budget: {config['budget']} of the context. {devices(runs)}; bfloat16, begun {runs[0].manifest['started'][:10]}. Intervals resample haystacks. "
-        f"Sparse attention ran on the backend {sentence(backends)}; what a kernel costs beside reference arithmetic, the [fourth gap](../../docs/concepts/gaps.md), is not measured here."
+        f"Sparse attention ran on the backend {sentence(backends)}; what a kernel costs beside reference arithmetic, the [fourth gap](../../docs/concepts/gaps.md), is measured with [whole models](../../docs/results/transformers.md)."
     )
     parts = [
         "## In short",

@@ -65,5 +65,13 @@ def test_wrong_kernels_are_found(frontier: ModuleType) -> None:
     assert len(found["different"]) == 10
 
 
+def test_incomplete_haystacks_are_dropped(frontier: ModuleType) -> None:
+    rows = [row(i, "red", 1.0) | {"config": c} for c in ("a", "b") for i in range(3)]
+    late = row(3, "red", 1.0) | {"config": "a"}
+
+    assert frontier.complete_haystacks([*rows, late]) == rows
+    assert frontier.complete_haystacks(rows) == rows
+
+
 def test_no_common_sample_is_no_pass(frontier: ModuleType) -> None:
     assert not frontier.realization([row(0, "red", 1.0)], [row(1, "red", 1.0)])["pass"]

@@ -174,6 +174,7 @@ def test_pareto_set_and_recommendation(make) -> None:
     ("plan", "text"),
     [
         ({QUICK: (40.0, 0.5)}, "dense attention dominates at this length: nothing was as good"),
+        ({QUICK: (110.0, 0.5)}, "dense attention dominates at this length: nothing was as good, and nothing faster"),
         ({GOOD: (110.0, 1.0)}, "dense attention dominates at this length: what was as good was not faster"),
         ({ORACLE: (30.0, 1.0)}, "nothing but diagnostics was timed beside dense attention"),
         ({GOOD: (30.0, None)}, "quality was not measured, so nothing is recommended"),
@@ -259,13 +260,24 @@ def test_report_shows_the_frontier(make, tmp_path: Path) -> None:
     assert "Which configuration is as good as dense attention, and faster?" in text
     assert "0 by definition" in text
     assert "| **oracle b=32 q1 k1 layer** |" in text
+    # one length: names stand on an axis, not on top of each other
+    assert "Time to first token, bars are p10 to p90" in text
+    assert ">floor<" in (tmp_path / "report" / "figures" / "ttft.svg").read_text()
+
+
+def test_slower_than_dense_saves_nothing(make, tmp_path: Path) -> None:
+    make("ttft", ttft_rows({GOOD: (300.0, 1.0)}))
+    text = build(tmp_path / "runs", tmp_path / "report").markdown.read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {label(GOOD)} | triton |")]
+    assert "| none |" in line
+    assert "-250%" not in text
 
 
 # -- what is recommended can be run
 
 
-def toml_of(make, plan: dict, indexers: dict[str, str] | None = None) -> str:
-    runs = [make("ttft", ttft_rows(plan)), make("eval", eval_rows(plan))]
+def toml_of(make, plan: dict, indexers: dict[str, str] | None = None, name: str = "") -> str:
+    runs = [make("ttft", ttft_rows(plan), f"ttft{name}"), make("eval", eval_rows(plan), f"eval{name}")]
     frontier = find_frontier(runs)
     return to_toml(recommend(frontier), frontier, indexers=indexers or {}, runs=[r.id for r in runs])
 
@@ -307,8 +319,24 @@ def test_toml_of_an_indexer(make, tmp_path: Path, indexer: Indexer) -> None:
         topmass.load_selector(path, indexer=indexer)
 
 
+def test_toml_of_one_of_several_indexers(make, tmp_path: Path, indexer: Indexer) -> None:
+    single = Indexer.create({0: IndexerConfig(hidden_size=16, dim=8, reduce="mean")}, MODEL, training_tokens=1)
+    single.save(tmp_path / "single")
+    chosen = single.selector(budget=64, granularity=topmass.Granularity(q_block=8))
+    groups = indexer.selector(budget=64, granularity=topmass.Granularity(kv_block=4))
+    known = {indexer.digest: "indexer", single.digest: "single"}
+    text = toml_of(make, {chosen: (40.0, 1.0), groups: (50.0, 1.0)}, known)
+    (tmp_path / "serve.toml").write_text(text)
+    assert 'indexer = "single"' in text
+    assert topmass.load_selector(tmp_path / "serve.toml").fingerprint == chosen.fingerprint
+    with pytest.raises(RunError, match="not among those of the runs"):
+        toml_of(make, {chosen: (40.0, 1.0)}, {"0123456789ab": "a", indexer.digest: "indexer"}, "-again")
+
+
 def test_dense_is_a_recommendation_too(make, tmp_path: Path) -> None:
-    (tmp_path / "serve.toml").write_text(toml_of(make, {QUICK: (40.0, 0.5)}))
+    text = toml_of(make, {QUICK: (40.0, 0.5)})
+    (tmp_path / "serve.toml").write_text(text)
+    assert "score_change" not in text
     assert topmass.load_selector(tmp_path / "serve.toml") == DENSE
 
 
@@ -348,6 +376,7 @@ def test_command_writes_toml_and_crossover(make, tmp_path: Path, indexer: Indexe
     assert found["recommended"]["crossover"] == {"wins": 4096, "dense_below": 1024}
     assert found["recommended"]["point"]["fingerprint"] == selector.fingerprint
     assert Path(found["html"]).is_file()
+    assert "`topmass frontier runs --out out`" in Path(found["markdown"]).read_text()
     # the file lies beside nothing, so the indexer is looked for here
     assert topmass.load_selector(found["toml"]).fingerprint == selector.fingerprint
     stored = topmass.load_indexer("indexer")

@@ -84,6 +84,32 @@ def test_resumes_after_an_interrupt(tmp_path: Path) -> None:
     assert [a["rows_before"] for a in loaded.manifest["attempts"]] == [0, 4]
 
 
+def test_each_attempt_has_its_own_start(tmp_path: Path) -> None:
+    for hour in ("01", "02"):
+        with Run.open(tmp_path / "run", manifest() | {"started": f"2026-01-01T{hour}:00:00+00:00"}) as run:
+            run.append([row(int(hour))])
+    assert run.manifest["started"][11:13] == "01"
+    assert [a["started"][11:13] for a in run.manifest["attempts"]] == ["01", "02"]
+
+
+def test_a_change_anywhere_in_the_package_marks_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from topmass.results import _machine
+
+    def git(*args: str) -> None:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", *who, *args], cwd=tmp_path, check=True, capture_output=True)
+
+    for part in ("results/_machine.py", "ops/kernel.py"):
+        (tmp_path / "topmass" / part).parent.mkdir(parents=True)
+        (tmp_path / "topmass" / part).write_text("a = 1\n")
+    git("init"), git("add", "."), git("commit", "-m", "a")
+    monkeypatch.setattr(_machine, "__file__", str(tmp_path / "topmass" / "results" / "_machine.py"))
+    clean = _machine.git_commit()
+    (tmp_path / "topmass" / "ops" / "kernel.py").write_text("a = 2\n")
+    assert clean is not None
+    assert _machine.git_commit() == clean + "+"
+
+
 def test_an_interrupt_says_how_to_resume(tmp_path: Path) -> None:
     note = interrupt(tmp_path / "run", 0)
     assert re.match(r"2 rows are kept in .*run\.partial; the same command resumes there", note)

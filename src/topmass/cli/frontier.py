@@ -1,5 +1,6 @@
 """`topmass frontier`."""
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,7 +52,8 @@ def frontier(
         print_table(caption.partition(":")[0], header, [[_brief(text) for text in row] for row in rows])
     say(f"at {chosen.length} tokens: {chosen.text}")
     out = out or runs[0] / "frontier"
-    paths = build([run.path for run in loaded if run.kind in ("ttft", "eval")], out)
+    command = shlex.join(["topmass", "frontier", *map(str, runs), "--out", str(out)])
+    paths = build([run.path for run in loaded if run.kind in ("ttft", "eval")], out, command=command)
     say(f"wrote {paths.html} and {paths.markdown}")
     written = _recommended(chosen, found, loaded, toml or out / "recommended.toml")
     if store_crossover is not None:

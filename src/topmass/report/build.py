@@ -32,12 +32,13 @@ class ReportPaths:
     answers: list[str]
 
 
-def build(runs: str | Path | Iterable[str | Path], out: str | Path) -> ReportPaths:
+def build(runs: str | Path | Iterable[str | Path], out: str | Path, *, command: str | None = None) -> ReportPaths:
     """Write `report.html`, `report.md` and `figures/` into the directory `out`.
 
     Args:
         runs: A run, a directory of runs, or several of either.
         out: Made if it does not exist; an earlier report there is replaced.
+        command: How it is made again; `None` names `topmass report`.
 
     Raises:
         RunError: A run cannot be read, the runs are of different models, or `out` cannot be written.
@@ -48,7 +49,7 @@ def build(runs: str | Path | Iterable[str | Path], out: str | Path) -> ReportPat
     ]
     _check(loaded)
     out = Path(out)
-    command = shlex.join(["topmass", "report", *map(str, given), "--out", str(out)])
+    command = command or shlex.join(["topmass", "report", *map(str, given), "--out", str(out)])
     return _write(compose(loaded, command=command), out)
 
 

@@ -188,7 +188,8 @@ def _compose_frontier(runs: Sequence[LoadedRun], command: str) -> Report:
         caption, header, rows = ttft_text.frontier_table(frontier, n)
         items.append(Table(caption=caption, header=header, rows=rows))
     times: list[Figure | Table] = []
-    caption = "Time to first token against length, bars are p10 to p90; of the selectors the fastest."
+    against = " against length" if len(frontier.table.line(frontier.batch, frontier.chunk)) > 1 else ""
+    caption = f"Time to first token{against}, bars are p10 to p90; of the selectors the fastest."
     _add(times, "ttft", ttft_figures.ttft_by_length(frontier), caption)
     times += [Table(caption=c, header=h, rows=r) for c, h, r in ttft_text.times_tables(frontier)]
     sections = [Section(title="Score and time of the same configurations", items=items)] if items else []
@@ -459,7 +460,8 @@ def _gaps_section(table: EvalTable) -> Section:
         caption = "Points lost at each step, paired on the same samples, mean over tasks, with 95 % intervals."
         _add(items, f"gaps-{'-'.join(map(str, lengths))}", chart, caption, folded=len(lengths) == 1 and bool(pooled))
         items.append(_gaps_table(table, gaps, lengths, where))
-        items += [_gaps_by_task(table, gaps, lengths, where)]
+        by_task = _gaps_by_task(table, gaps, lengths, where)
+        items += [by_task] if any(any(row[1:]) for row in by_task.rows) else []
     text = [
         "Dense minus oracle minus indexer minus shared: each step in points, on the same samples; a negative one gains.",
         "The oracle, per-query indexer and untrained indexer of a row have the same budget. Sharing is compared at equal "
@@ -515,11 +517,16 @@ def _gaps_by_task(table: EvalTable, gaps: Sequence[Gap], lengths: Sequence[int],
         rows.append([task, *found])
     header = [
         "task",
-        *(f"{step}, {budget_name(s.budget)} keys" for s in served for step in ("dense - oracle", "oracle - indexer")),
+        *(f"{step}, {_served_name(s)}" for s in served for step in ("dense - oracle", "oracle - indexer")),
     ]
     return Table(
         caption=f"{where}: oracle and indexer gap of each task in points.", header=header, rows=rows, folded=True
     )
+
+
+def _served_name(s: Setting) -> str:
+    groups = f" in groups of {s.kv_block}" if s.kv_block > 1 else ""
+    return f"{budget_name(s.budget)} keys{groups}"
 
 
 def _settings_section(table: EvalTable) -> Section:

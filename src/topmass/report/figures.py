@@ -249,7 +249,8 @@ def gap_bars(gaps: Sequence[Gap], title: str) -> alt.TopLevelMixin | None:
     rows = [
         {
             "served": (g.served.budget or "").removeprefix("plan(").removesuffix(")")
-            + (f", {g.served.q_block} share" if g.served.q_block > 1 else ""),
+            + (f", {g.served.q_block}, share" if g.served.q_block > 1 else "")
+            + (f", groups, of {g.served.kv_block}" if g.served.kv_block > 1 else ""),
             "gap": f"{g.name} gap" if g.name != "total" else "dense minus served",
             "point": 100 * g.interval.point,
             "low": 100 * _or(g.interval.low, g.interval.point),
@@ -261,7 +262,7 @@ def gap_bars(gaps: Sequence[Gap], title: str) -> alt.TopLevelMixin | None:
     if not rows:
         return None
     names = [n for n in _GAPS if n in {r["gap"] for r in rows}]
-    # a line for each layer of a plan
+    # a line for each layer of a plan, and short ones for the granularity
     axis = alt.Axis(labelAngle=0, labelExpr="slice(split(datum.label, ', '), 0, 6)")
     x = alt.X("served:O", title="budget (keys per query)", sort=None, axis=axis)
     y = alt.Y("point:Q", title="points lost, mean over tasks")

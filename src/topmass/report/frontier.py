@@ -5,6 +5,7 @@ indexer), by how generated positions attend, by the kernels that ran, by the len
 was timed without such scores stays, with quality marked as not measured.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -330,7 +331,8 @@ def _why_dense(frontier: Frontier, served: Sequence[Point]) -> str:
         if close:
             name = min(close, key=lambda p: p.ttft.median).name
             return f"not decided: {name} is faster and may be as good as dense attention, but too few samples say so"
-        return "dense attention dominates at this length: nothing was as good"
+        missing = "nothing was as good" if any(p.faster for p in served) else "nothing was as good, and nothing faster"
+        return f"dense attention dominates at this length: {missing}"
     return "dense attention dominates at this length: what was as good was not faster"
 
 
@@ -364,7 +366,7 @@ def to_toml(found: Recommendation, frontier: Frontier, *, indexers: dict[str, st
     lines += [f"ttft_ms = {p.ttft.median:.4g}"]
     if p.speedup and not p.dense:
         lines += [f"speedup = {p.speedup.median:.4g}"]
-    if p.change:
+    if p.change and not p.dense:
         lines += [f"score_change = {[round(x, 5) for x in (p.change.point, p.change.low, p.change.high)]}"]
     if found.crossover.dense_below is not None:
         lines += [f"crossover = {found.crossover.dense_below}"]
@@ -374,13 +376,20 @@ def to_toml(found: Recommendation, frontier: Frontier, *, indexers: dict[str, st
 def _indexer_lines(point: Point, indexers: dict[str, str]) -> list[str]:
     if point.setting.selector not in ("indexer", "untrained"):
         return []
-    if len(indexers) == 1:
-        ((digest, path),) = indexers.items()
-        return [f"indexer = {_quote(path)}", f"indexer_digest = {_quote(digest)}"]
-    own = [d for d in indexers if d.startswith(point.name.rsplit(" ", 1)[-1])]
+    own = list(indexers) if len(indexers) == 1 else [d for d in indexers if _serves(d, point)]
     if len(own) != 1:
         raise RunError(f"The indexer of {point.name!r} is not among those of the runs; give the runs of one indexer.")
     return [f"indexer = {_quote(indexers[own[0]])}", f"indexer_digest = {_quote(own[0])}"]
+
+
+def _serves(digest: str, point: Point) -> bool:
+    """Whether the fingerprint is that of this setting with this indexer."""
+    s = point.setting
+    names = ("budget", "q_block", "kv_block", "share", "sink", "window", "dense_below")
+    config = {name: getattr(s, name) for name in names} | {"selector": "indexer", "indexer": digest}
+    # as topmass.selection.Selector.fingerprint, which needs torch; a row does not hold how queries are reduced
+    texts = [json.dumps(config | {"reduce": reduce}, sort_keys=True) for reduce in ("max", "mean")]
+    return point.fingerprint in {hashlib.sha256(text.encode()).hexdigest()[:12] for text in texts}
 
 
 def _quote(text: str) -> str:

@@ -158,13 +158,18 @@ def line(case: TtftCase, name: str) -> list[str]:
         f"{_short(time.p10, 4)}-{_short(time.p90, 4)}" if time else "",
         *(f"{ratio.median:.3g}x" if ratio else "" for ratio in dense),
         f"{share.median:.1%}" if share and name != case.floor else "",
-        f"{attained.median:.0%}" if attained and sparse else "",
+        _saving(attained) if attained and sparse else "",
         _short(layer.median) if layer else "",
         _short(token.median) if token else "",
         _short(index) if index else "",
         _short(peak) if peak is not None else "",
         _note(case, name),
     ]
+
+
+def _saving(share: Spread) -> str:
+    """Slower than dense saves nothing; how many times nothing depends on the floor alone."""
+    return f"{share.median:.0%}" if share.median > 0 else "none"
 
 
 BRIEF = ["what", "TTFT ms", "p10-p90", "best dense / this", "of attainable", "layer ms", "ms/token", "note"]
@@ -180,7 +185,7 @@ def brief_line(case: TtftCase, name: str) -> list[str]:
         _short(time.median, 4) if time else "-",
         f"{_short(time.p10)}-{_short(time.p90)}" if time else "",
         f"{ratio.median:.3g}x" if ratio else "",
-        f"{attained.median:.0%}" if attained and case.first(name)["role"] == "sparse" else "",
+        _saving(attained) if attained and case.first(name)["role"] == "sparse" else "",
         _short(layer.median) if layer else "",
         _short(token.median) if token else "",
         _note(case, name),

@@ -52,7 +52,7 @@ def git_commit() -> str | None:
     try:
         # an installed package may lie inside somebody else's repository
         git("ls-files", "--error-unmatch", Path(__file__).name)
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", str(here.parent)) else "")
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -163,13 +163,13 @@ class Run:
     def _resume(cls, path: Path, manifest: dict[str, Any], journal: FileIO, overwrite: bool) -> "Run":
         partial = _partial(path)
         batches = _read_journal(journal, partial)
+        now = {name: manifest[name] for name in _ATTEMPT}
         rows: list[dict[str, Any]] = []
         if batches:
             manifest, rows = _merge(partial, manifest, batches, overwrite)
         if not rows:
             journal.truncate(0)
-        attempt = {name: manifest[name] for name in _ATTEMPT} | {"rows_before": len(rows)}
-        manifest = manifest | {"attempts": [*manifest["attempts"], attempt]}
+        manifest = manifest | {"attempts": [*manifest["attempts"], now | {"rows_before": len(rows)}]}
         _write_json(partial / MANIFEST, manifest)
         return cls(path, manifest, journal, rows)
 
