@@ -1,24 +1,19 @@
 """The recipe of the long audit, on a tiny shape."""
 
-import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
-
-RECIPE = Path(__file__).parents[2] / "recipes" / "audit_100k.py"
 
 
 @pytest.mark.parametrize(("most", "status"), [("1e9", 0), ("0", 1)])
 def test_measures_every_layer_beside_the_dense_forward(
-    most: str, status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    most: str, status: int, load_recipe: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    spec = importlib.util.spec_from_file_location("audit_recipe", RECIPE)
-    assert spec is not None
-    assert spec.loader is not None
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
+    recipe = load_recipe("audit_100k.py")
     out = tmp_path / "audit.json"
     arguments = [
         "--shape",

@@ -1,9 +1,7 @@
 """The checks that a GPU runs: they pass in the interpreter, and fail when a kernel is wrong."""
 
-import importlib.util
-import sys
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -12,19 +10,10 @@ import torch
 
 pytest.importorskip("triton")
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "kernels" / "check.py"
-
 
 @pytest.fixture
-def check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("kernel_checks", RECIPE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up
-    monkeypatch.setitem(sys.modules, "kernel_checks", module)
-    spec.loader.exec_module(module)
-    return module
+def check(load_recipe: Callable[[str], ModuleType]) -> ModuleType:
+    return load_recipe("kernels/check.py")
 
 
 @pytest.mark.slow

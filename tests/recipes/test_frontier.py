@@ -1,27 +1,21 @@
 """The frontier's recipe from end to end, and its verdict on kernels that disagree with arithmetic."""
 
-import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "frontier.py"
+SRC = Path(__file__).parents[2] / "src"
 TINY = ["--lengths", "1024", "--budgets", "64", "--q-blocks", "32", "--groups", "1", "--tasks", "majority"]
 TINY += ["--haystacks", "2", "--rounds", "1", "--workers", "1", "--seconds", "100000"]
 
 
 @pytest.fixture
-def frontier(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("frontier_recipe", RECIPE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "frontier_recipe", module)
-    spec.loader.exec_module(module)
-    return module
+def frontier(load_recipe: Callable[[str], ModuleType]) -> ModuleType:
+    return load_recipe("frontier.py")
 
 
 def run(frontier: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -33,7 +27,7 @@ def run(frontier: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) 
 def test_measure_and_finish(frontier: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("altair")
     monkeypatch.setattr("topmass.bench.ttft.GATE", 80)
-    monkeypatch.setenv("PYTHONPATH", str(RECIPE.parents[1] / "src"))
+    monkeypatch.setenv("PYTHONPATH", str(SRC))
 
     assert run(frontier, monkeypatch, "measure", "--out", str(tmp_path), *TINY) == 0
     status = run(frontier, monkeypatch, "finish", "--out", str(tmp_path))

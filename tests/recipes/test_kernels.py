@@ -1,7 +1,7 @@
 """The list of what is published of the kernels: each item once, timed, recorded and found again."""
 
-import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -9,19 +9,10 @@ import pytest
 
 from topmass.results import Run, make_manifest
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "kernels" / "publish.py"
-
 
 @pytest.fixture
-def publish(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("kernels_recipe", RECIPE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up
-    monkeypatch.setitem(sys.modules, "kernels_recipe", module)
-    spec.loader.exec_module(module)
-    return module
+def publish(load_recipe: Callable[[str], ModuleType]) -> ModuleType:
+    return load_recipe("kernels/publish.py")
 
 
 def test_what_is_published_is_listed_once(publish: ModuleType, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """The soak passes on a right backend and fails on a wrong one."""
 
-import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +12,6 @@ import torch
 
 from topmass.ops import _dispatch
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "soak.py"
 TINY = [
     "--device",
     "cpu",
@@ -30,14 +29,8 @@ TINY = [
 
 
 @pytest.fixture
-def soak(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("soak", RECIPE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "soak", module)
-    spec.loader.exec_module(module)
-    return module
+def soak(load_recipe: Callable[[str], ModuleType]) -> ModuleType:
+    return load_recipe("soak.py")
 
 
 def run(soak: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -1,8 +1,7 @@
 """The sweep of launch settings: candidates around today's, wrong results told from slow ones, and a file that is gone on with."""
 
-import importlib.util
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,19 +12,11 @@ import torch
 pytest.importorskip("triton")
 # numpy's, of the interpreter
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning:triton")
-RECIPE = Path(__file__).parents[2] / "recipes" / "kernels" / "sweep.py"
 
 
 @pytest.fixture
-def sweep(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("sweep_recipe", RECIPE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up
-    monkeypatch.setitem(sys.modules, "sweep_recipe", module)
-    spec.loader.exec_module(module)
-    return module
+def sweep(load_recipe: Callable[[str], ModuleType]) -> ModuleType:
+    return load_recipe("kernels/sweep.py")
 
 
 @pytest.mark.parametrize("small", [False, True])
