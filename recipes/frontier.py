@@ -209,7 +209,7 @@ def finish(args: argparse.Namespace) -> int:
             if name != "ttft":
                 run.rows[:] = complete_haystacks(run.rows)
             print(run.finish(), len(run.rows), "rows")
-    command = [sys.executable, "-m", "topmass.cli", "frontier", *(str(args.out / n) for n in ("ttft", "eval"))]
+    command = [sys.executable, "-m", "topmass.cli", "frontier", *(str(args.out / n) for n in RUNS)]
     subprocess.run([*command, "--out", str(args.out / "report")], check=True)
     found = realization(load_run(args.out / "eval").records, load_run(args.out / "arithmetic").records)
     (args.out / "realization.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -148,6 +148,16 @@ def test_nothing_else_meets(make, rows: list[dict], reason: str) -> None:
     assert not point.best
 
 
+def test_plain_arithmetic_beside_the_kernel_changes_nothing(make) -> None:
+    timed, kernel = make("ttft", ttft_rows(PLAN)), make("eval", eval_rows(PLAN))
+    # dense rows name the same kernel in both; the sparse ones answer nothing
+    plain = [r | ({} if r["selector"] == "dense" else {"backend": "reference", "score": 0.0}) for r in eval_rows(PLAN)]
+
+    found = find_frontier([timed, kernel, make("eval", plain, "plain")])
+
+    assert found.points == find_frontier([timed, kernel]).points
+
+
 def test_scores_of_several_runs_and_of_old_ones_count(make) -> None:
     parts = [{QUICK: PLAN[QUICK]}, {GOOD: PLAN[GOOD]}]
     evals = [make("eval", eval_rows(p, backend=None), f"eval{i}") for i, p in enumerate(parts)]

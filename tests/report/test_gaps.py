@@ -98,6 +98,40 @@ def test_what_cannot_be_compared_is_not_measured(cells, setting, make_run) -> No
     assert all(g.interval is None and "only one kernel ran" in g.reason for g in gaps if g.name == "realization")
 
 
+@pytest.mark.parametrize("started", ["1", "9"])
+def test_realization_is_plain_arithmetic_minus_the_kernel(started, cells, setting, make_run) -> None:
+    kernel = [row | {"backend": "triton"} for row in rows_of(setting, cells)]
+    served = [row for row in kernel if row["config"] == "indexer 256 1" and row["haystack"] < 30]
+    # the kernel missed every answer of the first three haystacks, and was not asked the last
+    plain = [row | {"backend": "reference", "score": 1.0 if row["haystack"] < 3 else row["score"]} for row in served]
+    plain += [row | {"haystack": 99} for row in plain if row["haystack"] == 29]
+    ran = make_run("eval", kernel, "kernel", started="5")
+    table = EvalTable([ran, make_run("eval", plain, "plain", started=started)])
+    gaps = find_gaps(table, LENGTHS)
+
+    gap = points(gaps, "realization", budget="256", q_block=1)
+
+    lost = np.mean([1.0 - row["score"] for row in served if row["haystack"] < 3])
+    assert gap.interval.point == pytest.approx(lost * 3 / 30)
+    assert gap.interval.samples == len(served)
+    assert points(gaps, "realization", budget="64", q_block=1).interval is None
+    # all else is the kernel's, and nothing counts as run twice
+    alone = find_gaps(EvalTable([ran]), LENGTHS)
+    assert [g for g in gaps if g.name != "realization"] == [g for g in alone if g.name != "realization"]
+    served_at = table.cell(LENGTHS[0], points(gaps, "total", budget="256", q_block=1).served)
+    assert served_at == EvalTable([ran]).cell(LENGTHS[0], served_at.setting)
+    assert table.repeated == 0
+
+
+def test_plain_arithmetic_alone_is_what_ran(cells, setting, make_run) -> None:
+    rows = [row | {"backend": "reference"} for row in rows_of(setting, cells)]
+
+    gaps = find_gaps(EvalTable([make_run("eval", rows)]), LENGTHS)
+
+    assert points(gaps, "total", budget="256", q_block=1).interval is not None
+    assert all(g.interval is None for g in gaps if g.name == "realization")
+
+
 def test_without_an_indexer_there_are_no_gaps(cells, setting, make_run) -> None:
     table = EvalTable([make_run("eval", rows_of(setting, [c for c in cells if c[0] != "indexer"]))])
     assert find_gaps(table, LENGTHS) == []

@@ -145,18 +145,28 @@ def budget_order(budget: str | None) -> tuple[int, float, str]:
     return 2, 0.0, text
 
 
+# length, task, setting
+_Key = tuple[int, str, Setting]
+
+
 class EvalTable:
     """Records of evaluation runs, indexed for paired comparison."""
 
     def __init__(self, runs: Sequence[LoadedRun]):
-        self._rows: dict[tuple[int, str, Setting], dict[Sample, Row]] = {}
+        self._rows: dict[_Key, dict[Sample, Row]] = {}
         self.repeated = 0
+        plain: dict[_Key, dict[Sample, Row]] = {}
         for run in sorted(runs, key=lambda run: run.manifest["started"]):
-            for row in run.records:
-                group = self._rows.setdefault((row["length"], row["task"], Setting.of(row)), {})
-                sample = (row["seed"], row["haystack"], row["question_id"])
-                self.repeated += sample in group
-                group[sample] = row
+            for key, rows in _by_key(run.records).items():
+                group = (plain if all(r.get("backend") == "reference" for r in rows) else self._rows).setdefault(
+                    key, {}
+                )
+                for row in rows:
+                    self.repeated += _sample(row) in group
+                    group[_sample(row)] = row
+        # plain arithmetic beside a kernel is there to be compared with it, alone it is what ran
+        self._arithmetic = {key: group for key, group in plain.items() if key in self._rows}
+        self._rows = plain | self._rows
         self.lengths = sorted({length for length, _, _ in self._rows})
         self.tasks = sorted({task for _, task, _ in self._rows})
         self.settings = sorted({setting for _, _, setting in self._rows}, key=_setting_order)
@@ -231,6 +241,24 @@ class EvalTable:
                     return None
                 values = [sum(w * g[i]["score"] for g, w in groups) for i in common]
                 strata[f"{length} {name}"] = values, [i[:2] for i in common]
+        return macro_mean(strata, bounds=(-1.0, 1.0)) if strata else None
+
+    def realization(self, lengths: Iterable[int], setting: Setting) -> Interval | None:
+        """Score by plain arithmetic minus score by the kernel, on their common samples, mean over tasks and lengths.
+
+        Returns:
+            `None` where a task has no sample that both answered.
+        """
+        strata = {}
+        for key in ((n, task, setting) for n in lengths for task in self.tasks_at(n)):
+            kernel, plain = self._rows.get(key, {}), self._arithmetic.get(key, {})
+            both = (i for i in plain.keys() & kernel.keys() if None not in (plain[i]["score"], kernel[i]["score"]))
+            common = {i: plain[i] for i in sorted(both)}
+            if not common:
+                return None
+            strata[f"{key[0]} {key[1]}"] = _values(
+                common, lambda row, k=kernel: row["score"] - k[_sample(row)]["score"]
+            )
         return macro_mean(strata, bounds=(-1.0, 1.0)) if strata else None
 
     def recall(self, length: int, setting: Setting) -> float | None:
@@ -333,6 +361,13 @@ class AuditTable:
                 assert budget is not None
                 found.append((layer, float(metric.partition("@")[2]), budget))
         return sorted(found, key=lambda entry: entry[:2])
+
+
+def _by_key(records: Iterable[Row]) -> dict[_Key, list[Row]]:
+    found: dict[_Key, list[Row]] = {}
+    for row in records:
+        found.setdefault((row["length"], row["task"], Setting.of(row)), []).append(row)
+    return found
 
 
 def _nominal(run: LoadedRun, q_len: int) -> int:

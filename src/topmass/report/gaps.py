@@ -53,7 +53,9 @@ def _steps(table: EvalTable, lengths: Sequence[int], dense: Setting, served: Set
     ]
     if served.q_block > 1:
         steps = [_sharing(table, lengths, served)]
-    steps.append(Gap(name="realization", served=served, interval=None, reason="only one kernel ran on these supports"))
+    found = table.realization(lengths, served)
+    reason = "" if found else "only one kernel ran on these supports"
+    steps.append(Gap(name="realization", served=served, interval=found, reason=reason))
     return [*steps, _gap(table, "total", served, {n: {dense: 1.0, served: -1.0} for n in lengths})]
 
 
