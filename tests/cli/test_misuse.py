@@ -33,6 +33,8 @@ def assert_refused(result, pattern: str) -> None:
         (["eval", "reference", "--budgets", "2", "--sink", "8"], "budget"),
         (["eval", "reference", "--q-blocks", "3"], "power of two"),
         (["audit", "reference", "--length", "0"], "length and texts must be at least 1"),
+        (["audit", "reference", "--mass", "2"], "--mass must be one of 0.9, 0.95, 0.99, got 2"),
+        (["audit", "reference", "--plan", "no/such/plan.toml"], "there is no directory no/such"),
         (["report", "runs/nothing"], "No run at runs/nothing"),
         (["report"], "runs.*requires an argument"),
         (["eval", "./no/such/model"], "There is no model at ./no/such/model; give a directory"),
@@ -123,6 +125,13 @@ def copy_model(model: Path, to: Path) -> Path:
     return to
 
 
+def test_checkpoint_without_tokenizer(cli, model: Path, tmp_path: Path) -> None:
+    path = copy_model(model, tmp_path / "model")
+    for file in path.glob("token*"):
+        file.unlink()
+    assert_refused(cli("audit", path), "has no tokenizer that transformers can read; put tokenizer.json")
+
+
 def test_unknown_architecture(cli, model: Path, tmp_path: Path) -> None:
     path = copy_model(model, tmp_path / "model")
     text = (path / "config.json").read_text()
@@ -148,6 +157,8 @@ def test_nan_weights(cli, model: Path, tmp_path: Path) -> None:
 
 def test_length_beyond_the_positions(cli, model: Path) -> None:
     assert_refused(cli("eval", model, "--tasks", "niah_single", "--lengths", 4096, "--haystacks", 1), "2048 positions")
+    # refused before a text of that length is made
+    assert_refused(cli("audit", model, "--length", 1_000_000_000), "2048 positions")
 
 
 def test_unknown_task(cli, model: Path) -> None:

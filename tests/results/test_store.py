@@ -292,6 +292,13 @@ def test_foreign_directory_is_left_alone(tmp_path: Path) -> None:
         Run.open(tmp_path / "run", manifest(), overwrite=True)
 
 
+def _edit_manifest(run: Path, **changes: object) -> None:
+    """Change entries of a manifest; `...` takes one out."""
+    path = run / "manifest.json"
+    manifest = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in manifest.items() if value is not ...}))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -301,6 +308,8 @@ def test_foreign_directory_is_left_alone(tmp_path: Path) -> None:
         (lambda p: (p / "manifest.json").write_text("{"), "cannot be read"),
         (lambda p: (p / "records.parquet").unlink(), "not a complete run"),
         (lambda p: (p / "records.parquet").write_bytes(b"PAR1 cut"), "cannot be read"),
+        (lambda p: _edit_manifest(p, kind="ttft"), "has no column .*, so it holds no ttft records"),
+        (lambda p: _edit_manifest(p, started=...), "is not a manifest of a topmass run"),
     ],
 )
 def test_unreadable_run(tmp_path: Path, spoil, message: str) -> None:
@@ -313,8 +322,7 @@ def test_unreadable_run(tmp_path: Path, spoil, message: str) -> None:
 
 def test_run_of_a_newer_schema(tmp_path: Path) -> None:
     complete(tmp_path / "run")
-    path = tmp_path / "run" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
+    _edit_manifest(tmp_path / "run", schema_version=99)
     with pytest.raises(RunError, match="upgrade topmass"):
         load_run(tmp_path / "run")
 

@@ -75,6 +75,7 @@ def audit(
     """
     out = out or run_name("audit", model)
     check_free(out, overwrite=options.overwrite)
+    _check_plan(plan, mass)
     result = run_audit(*load(model, options.dtype, options.device), settings, out=out, overwrite=options.overwrite)
     budgets = result.plan(mass=mass)
     if plan is not None:
@@ -85,6 +86,16 @@ def audit(
     say(f"next: topmass report {out}")
     if options.json:
         emit({"run": str(out), "mass": mass, "plan": found})
+
+
+def _check_plan(path: Path | None, mass: float) -> None:
+    """Refuse before the audit what would fail after it."""
+    from topmass.eval.audit import PLAN_MASSES
+
+    if mass not in PLAN_MASSES:
+        raise ConfigError(f"--mass must be one of {', '.join(map(str, PLAN_MASSES))}, got {mass:g}.")
+    if path is not None and not path.parent.is_dir():
+        raise ConfigError(f"Cannot write the plan {path}: there is no directory {path.parent}; choose another file.")
 
 
 def run_audit(
@@ -107,7 +118,7 @@ def run_audit(
         for k in settings.kv_blocks
     ]
     budgets = [topmass.Budget.parse(b) for b in settings.budgets]
-    texts = _texts(tokenizer, settings)
+    texts = _texts(model, tokenizer, settings)
     path = write_run(
         "audit",
         out,
@@ -131,14 +142,16 @@ def run_audit(
     return topmass.AuditResult(records=load_run(path).records)
 
 
-def _texts(tokenizer: Any, settings: AuditConfig) -> list[list[int]]:
+def _texts(model: Any, tokenizer: Any, settings: AuditConfig) -> list[list[int]]:
     """Token ids of the texts to audit."""
     if settings.text:
         if (settings.texts, settings.seed) != (DEFAULTS.texts, DEFAULTS.seed):
             say("warning: --texts and --seed have no effect with --text")
         return [_read(path, tokenizer, settings.length) for path in settings.text]
     import topmass
+    from topmass.eval.runner import _check_lengths
 
+    _check_lengths(model, [settings.length])
     tasks = topmass.list_tasks()
     prompts = [
         topmass.make_samples(tasks[i % len(tasks)], tokenizer, length=settings.length, n=1, seed=settings.seed + i)[

@@ -245,7 +245,7 @@ def load_run(path: str | Path) -> LoadedRun:
     manifest = _read_manifest(path)
     if manifest.get("finished") is None or not (path / RECORDS).is_file():
         raise RunError(f"{path} has no {RECORDS}, so it is not a complete run; delete it and run its command again.")
-    return LoadedRun(path=path, manifest=manifest, records=_read_parquet(path / RECORDS))
+    return LoadedRun(path=path, manifest=manifest, records=_read_parquet(path / RECORDS, manifest["kind"]))
 
 
 def same_run(path: str | Path, manifest: Mapping[str, Any]) -> bool:
@@ -438,7 +438,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise RunError(f"{path} has no {MANIFEST}, so it is not a run; check the path, or {again}.") from None
     except (OSError, ValueError) as error:
         raise RunError(f"{path / MANIFEST} cannot be read ({error}); {again}.") from error
-    if not isinstance(manifest, dict) or manifest.get("kind") not in SCHEMAS or "run_id" not in manifest:
+    needed = {"run_id", *_IDENTITY, *_ATTEMPT}
+    if not isinstance(manifest, dict) or manifest.get("kind") not in SCHEMAS or not needed <= manifest.keys():
         raise RunError(f"{path / MANIFEST} is not a manifest of a topmass run; {again}.")
     version = manifest.get("schema_version")
     if not isinstance(version, int) or version > SCHEMA_VERSION:
@@ -475,11 +476,17 @@ def _write_parquet(path: Path, schema: Schema, rows: Sequence[Mapping[str, Any]]
     pq.write_table(table, path, compression="zstd")
 
 
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
+def _read_parquet(path: Path, kind: str) -> list[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    again = f"delete {path.parent} and run its command again"
     try:
-        return pq.ParquetFile(path).read().to_pylist()
+        table = pq.ParquetFile(path).read()
     except (OSError, pa.ArrowException) as error:
-        raise RunError(f"{path} cannot be read ({error}); delete {path.parent} and run its command again.") from error
+        raise RunError(f"{path} cannot be read ({error}); {again}.") from error
+    # older runs may lack a column that may be empty
+    columns = (c.name for c in schema_of(kind).columns if not c.nullable)
+    if missing := [name for name in columns if name not in table.column_names]:
+        raise RunError(f"{path} has no column {', '.join(missing)}, so it holds no {kind} records; {again}.")
+    return table.to_pylist()

@@ -170,8 +170,8 @@ def sample_haystacks(
         while (need := max(m.used(m.build(task.min_size, least)) for m in makers)) > least:
             least = need
         raise DataError(
-            f"{task.name} does not fit into {length} tokens with this tokenizer; leave the task out, or take a longer one: "
-            f"the smallest length that works is {least}"
+            f"{task.name} does not fit into {length} tokens with this tokenizer; take a length of at least {least}, or "
+            "leave the task out."
         )
     return [sample for maker in makers for sample in maker.samples(length)]
 

@@ -121,13 +121,13 @@ def _pretrained(name: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
 
     kind = "auto" if dtype is None else dtype
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         config = transformers.AutoConfig.from_pretrained(name)
+        tokenizer = _tokenizer(name)
         auto: Any = transformers.AutoModelForCausalLM
         if type(config) not in auto._model_mapping:
             auto = transformers.AutoModelForImageTextToText
         return auto.from_pretrained(name, dtype=kind), tokenizer
-    except UnsupportedModelError:
+    except (DataError, UnsupportedModelError):
         raise
     except ValueError as error:
         raise UnsupportedModelError(f"transformers cannot load {name}: {_first_line(error)}") from error
@@ -138,6 +138,25 @@ def _pretrained(name: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
             f"{name} is no directory, and the hub gives no such model ({_first_line(error)}); check the name and the "
             "network, or use `reference`."
         ) from error
+
+
+def _tokenizer(name: str) -> Any:
+    import transformers
+
+    missing = DataError(
+        f"{name} has no tokenizer that transformers can read; put tokenizer.json beside its config.json."
+    )
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except ValueError as error:
+        if "backend tokenizer" in str(error):
+            raise missing from error
+        raise
+    # where its files are missing, some families get one without a vocabulary, to which all texts are alike
+    one, two = tokenizer(["one", "two"], add_special_tokens=False)["input_ids"]
+    if one == two:
+        raise missing
+    return tokenizer
 
 
 def _first_line(error: Exception) -> str:
