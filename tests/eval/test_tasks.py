@@ -212,8 +212,8 @@ def test_errors_name_the_remedy(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("task", list_tasks())
 def test_the_smallest_length_that_is_named_works(task, tokenizer):
-    with pytest.raises(DataError, match="smallest length") as e:
+    with pytest.raises(DataError, match="take a length of at least") as e:
         make_samples(task, tokenizer, length=64, n=4)
-    least = int(str(e.value).rsplit(" ", 1)[1])
+    least = int(re.findall(r"at least (\d+)", str(e.value))[0])
     samples = make_samples(task, tokenizer, length=least, n=4, questions=1)
     assert all(len(tokenizer(s.prompt)["input_ids"]) + s.max_new_tokens <= least for s in samples)
