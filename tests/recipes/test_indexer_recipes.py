@@ -249,29 +249,29 @@ def test_a_run_that_is_closed_says_where_it_stopped(recipes, tmp_path, monkeypat
     assert json.loads((tmp_path / "test-512" / "manifest.json").read_text())["stopped"] == "out of time after 1 rows"
 
 
-def test_the_layer_that_loses_is_named(recipes, tmp_path) -> None:
+def layer_run(recipes, tmp_path, tasks):
+    """A run at 4K with one sparse layer at a time, of which layer 3 loses."""
     scores = {"dense": 0.95, "indexer layer 3": 0.4, "oracle layer 3": 0.9, "indexer layer 7": 0.95}
     (run,) = runs_of(recipes, tmp_path, lengths=(4096,))
     rows = [
         row | {"budget": None if row["config"] == "dense" else f"plan({row['config'].split()[-1]}:64)"}
         for row in rows_of(recipes, 4096, n=40, scores=scores, budget=1 / 16)
-        if row["task"] == "majority"
+        if row["task"] in tasks
     ]
-    words = recipes.gaps.layer_parts([replace(run, records=rows)], ["majority"], tmp_path)[1]
+    return replace(run, records=rows)
+
+
+def test_the_layer_that_loses_is_named(recipes, tmp_path) -> None:
+    run = layer_run(recipes, tmp_path, ("majority",))
+    words = recipes.gaps.layer_parts([run], ["majority"], tmp_path)[1]
     assert words.startswith("`majority`: with the indexer the loss is in layer 3 (")
     assert "not told from zero: layer 7 0.0 [" in words
     assert "with layer 7 sparse on 0 of 40." in words
 
 
 def test_tasks_together_tell_which_layer_loses_more(recipes, tmp_path) -> None:
-    scores = {"dense": 0.95, "indexer layer 3": 0.4, "oracle layer 3": 0.9, "indexer layer 7": 0.95}
-    (run,) = runs_of(recipes, tmp_path, lengths=(4096,))
-    rows = [
-        row | {"budget": None if row["config"] == "dense" else f"plan({row['config'].split()[-1]}:64)"}
-        for row in rows_of(recipes, 4096, n=40, scores=scores, budget=1 / 16)
-        if row["task"] in ("majority", "common_words")
-    ]
-    found = recipes.gaps.Found([replace(run, records=rows)])
+    run = layer_run(recipes, tmp_path, ("majority", "common_words"))
+    found = recipes.gaps.Found([run])
     text = recipes.gaps.layers_together(found)
     assert text.startswith("`common_words` and `majority` together: layer 3 loses ")
     assert "points more in layer 3 than in layer 7." in text

@@ -149,9 +149,9 @@ def _texts(model: Any, tokenizer: Any, settings: AuditConfig) -> list[list[int]]
             say("warning: --texts and --seed have no effect with --text")
         return [_read(path, tokenizer, settings.length) for path in settings.text]
     import topmass
-    from topmass.eval.runner import _check_lengths
+    from topmass.eval.runner import check_lengths
 
-    _check_lengths(model, [settings.length])
+    check_lengths(model, [settings.length])
     tasks = topmass.list_tasks()
     prompts = [
         topmass.make_samples(tasks[i % len(tasks)], tokenizer, length=settings.length, n=1, seed=settings.seed + i)[

@@ -15,7 +15,7 @@ from topmass.core.granularity import Granularity
 from topmass.core.plan import Plan
 from topmass.core.support import Support
 from topmass.errors import ConfigError, DataError
-from topmass.eval.runner import Progress, _check_lengths
+from topmass.eval.runner import Progress, check_lengths
 from topmass.eval.settings import Infeasible, columns, label, oracle_grid
 from topmass.integrations.transformers._session import LayerCall, Session
 from topmass.integrations.transformers.families import family_of, find_layers
@@ -168,7 +168,7 @@ def _texts(model: Any, input_ids: Texts) -> list[Int[Tensor, "1 len"]]:
     texts = [torch.as_tensor(ids, device=device).view(1, -1) for ids in input_ids]
     if not texts or any(ids.shape[1] == 0 for ids in texts):
         raise DataError("There is nothing to audit: a text is empty; give token ids of at least one token.")
-    _check_lengths(model, [ids.shape[1] for ids in texts])
+    check_lengths(model, [ids.shape[1] for ids in texts])
     return texts
 
 

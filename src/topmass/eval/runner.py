@@ -97,7 +97,7 @@ def evaluate(
         DataError: A task does not fit a length.
         UnsupportedModelError: The model is one that topmass cannot run.
     """
-    _check_lengths(model, lengths)
+    check_lengths(model, lengths)
     if isinstance(tasks, str):
         raise ConfigError(f"tasks must be a list, such as [{tasks!r}], got {tasks!r}.")
     samples = [
@@ -290,7 +290,7 @@ def _generate(model: Any, tokenizer: Any, ids: Int[Tensor, "batch len"], cache: 
     return tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
 
 
-def _check_lengths(model: Any, lengths: Sequence[int]) -> None:
+def check_lengths(model: Any, lengths: Sequence[int]) -> None:
     if isinstance(lengths, int):
         raise ConfigError(f"lengths must be a list, such as [{lengths}], got {lengths}.")
     config = model.config.get_text_config()
