@@ -10,6 +10,7 @@ from transformers import DynamicCache
 import topmass
 from topmass.core.granularity import Granularity
 from topmass.errors import ConfigError
+from topmass.integrations.transformers import index_keys
 from topmass.integrations.transformers._session import Session
 from topmass.integrations.transformers.families import find_layers
 from topmass.integrations.transformers.index_keys import IndexKeys, RopeInfo, describe_model, index_configs, index_rope
@@ -396,9 +397,13 @@ def test_generate_writes_keys_at_every_position(models, family, decode):
         for _ in range(9):
             out = torch.cat([out, logits[:, -1:].argmax(-1)], 1)
             logits = model(out[:, -1:], past_key_values=stepwise).logits
+        for each in (cache, stepwise) if decode == "dense" else ():
+            # nobody needed the keys of generated positions so far
+            assert {len(rows) for rows in rows_of(each).values()} == {20}
+            model(ids[:, :2], past_key_values=each)
     assert found.equal(out)
     for layer, rows in rows_of(cache).items():
-        assert len(rows) == 28
+        assert len(rows) == (30 if decode == "dense" else 28)
         torch.testing.assert_close(rows.raw, rows_of(stepwise)[layer].raw[:, :28], **EXACT)
         assert run.receipt.layers[layer].decode_queries == (2 * (8 + 9) if decode == "dense" else 0)
     if decode == "sparse":
@@ -503,6 +508,79 @@ def test_an_indexer_takes_one_call_of_its_ops_where_the_ids_fit(models, monkeypa
             found.append((model(ids).logits, run.receipt.layers[0].selection))
     torch.testing.assert_close(found[1][0], found[0][0], **EXACT)
     assert [s["index_topk=reference"] for _, s in found] == [1, 10]
+
+
+def nothing(cache):
+    return [0, 1], 9
+
+
+def reversed_sequences(cache):
+    cache.reorder_cache(torch.tensor([1, 0]))
+    return [1, 0], 9
+
+
+def first_sequence(cache):
+    cache.batch_select_indices(torch.tensor([0]))
+    return [0], 9
+
+
+def each_twice(cache):
+    cache.batch_repeat_interleave(2)
+    return [0, 0, 1, 1], 9
+
+
+def without_two_generated(cache):
+    cache.crop(-2)
+    return [0, 1], 7
+
+
+def without_any_generated(cache):
+    cache.crop(-14)
+    return [0, 1], -5
+
+
+@pytest.mark.usefixtures("float64_throughout")
+@pytest.mark.parametrize("most", [64, 3])
+@pytest.mark.parametrize("features", ["hidden", "qk"])
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("llama", nothing),
+        ("llama", reversed_sequences),
+        ("llama", first_sequence),
+        ("llama", each_twice),
+        ("llama", without_two_generated),
+        ("llama", without_any_generated),
+        # transformers has no other change of a linear layer's cache
+        ("qwen3_5", nothing),
+        ("qwen3_5", reversed_sequences),
+    ],
+)
+def test_generated_positions_that_waited_are_indexed_as_if_they_had_not(
+    models, monkeypatch, family, features, change, most
+):
+    monkeypatch.setattr(index_keys, "MOST_WAITING", most)
+    model, ids = models(family), tiny_models.prompt(40, batch=2)
+    selector = select(make(model, features=features), 11)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad(), topmass.sparsify(model, selector):
+        model(ids[:, :20], past_key_values=cache)
+        for i in range(20, 29):
+            model(ids[:, i : i + 1], past_key_values=cache)
+        order, generated = change(cache)
+        stop = 20 + generated
+        found = model(ids[order, stop : stop + 8], past_key_values=copy.deepcopy(cache)).logits
+    plain = DynamicCache(config=model.config)
+    # the same with every key written at once
+    with torch.no_grad(), topmass.sparsify(model, selector) as run:
+        run.index._defer = False
+        model(ids[order, :20], past_key_values=plain)
+        for i in range(20, stop):
+            model(ids[order, i : i + 1], past_key_values=plain)
+        if stop < 20:
+            plain.crop(stop - 20)
+        wanted = model(ids[order, stop : stop + 8], past_key_values=plain).logits
+    torch.testing.assert_close(found, wanted, **EXACT)
 
 
 @pytest.mark.usefixtures("float64_throughout")

@@ -5,6 +5,7 @@ Trainer and server share the functions here, so that what was trained is what is
 
 import hashlib
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,6 +38,10 @@ __all__ = [
     "index_features",
     "index_rope",
 ]
+
+
+# a hidden state is many times as large as the index key that is made of it
+MOST_WAITING = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,6 +202,21 @@ class KeyRows:
         return module.finish_keys(self.raw, *tables)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    """A generated position whose index key nobody has asked for: what it will be projected from, and the model's tables."""
+
+    features: Float[Tensor, "batch 1 width"]
+    cos: Float[Tensor, "#batch 1 rotary"] | None
+    sin: Float[Tensor, "#batch 1 rotary"] | None
+
+    def map(self, change: Any) -> "Waiting":
+        """The same change to every tensor."""
+        batch = self.features.shape[0]
+        tables = [x if x is None else change(x.expand(batch, -1, -1)) for x in (self.cos, self.sin)]
+        return Waiting(features=change(self.features), cos=tables[0], sin=tables[1])
+
+
 class _IndexedLayer:
     """Adds raw index keys to a cache layer, and takes them along through everything that changes its keys.
 
@@ -207,16 +227,22 @@ class _IndexedLayer:
     """
 
     index_rows: KeyRows | None = None
+    # generated positions after those of `index_rows`
+    index_waiting: tuple[Waiting, ...] = ()
     index_owner: str = ""
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
-        self.index_rows = None
+        self.index_rows, self.index_waiting = None, ()
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         super().crop(*args, **kwargs)  # type: ignore[misc]
+        if self.index_rows is None:
+            return
         # whether the argument says what to keep or what to remove differs between versions
-        self._change(lambda x: x[:, : self.get_seq_length()])  # type: ignore[attr-defined]
+        kept = self.get_seq_length()  # type: ignore[attr-defined]
+        self.index_waiting = self.index_waiting[: max(kept - len(self.index_rows), 0)]
+        self.index_rows = self.index_rows.map(lambda x: x[:, :kept])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
@@ -233,6 +259,7 @@ class _IndexedLayer:
     def _change(self, change: Any) -> None:
         if self.index_rows is not None:
             self.index_rows = self.index_rows.map(change)
+            self.index_waiting = tuple(x.map(change) for x in self.index_waiting)
 
 
 class _IndexedDynamicLayer(_IndexedLayer, DynamicLayer):
@@ -258,15 +285,20 @@ def _indexed(layer: Any) -> Any:
 
 
 class IndexKeys:
-    """Serves one indexer while a model runs: writes its raw keys, and gives its queries and keys on demand."""
+    """Serves one indexer while a model runs: writes its raw keys, and gives its queries and keys on demand.
 
-    def __init__(self, indexer: Indexer) -> None:
-        self._indexer = indexer
+    Args:
+        defer: Let generated positions wait for the next prompt chunk, or for `MOST_WAITING` of them, and project them together: a
+            launch for each of them would be most of what an indexer costs per output token.
+    """
+
+    def __init__(self, indexer: Indexer, *, defer: bool = False) -> None:
+        self._indexer, self._defer = indexer, defer
         self._owner = indexer.digest
         self._placed: dict[int, LayerIndexer] = {}
         # by the identity of tensors, which are held so that it stays theirs
         self._tables: dict[tuple[int, int, int], tuple[Tensor, Tensor, tuple[Tensor, ...]]] = {}
-        self._joined: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self._joined: dict[tuple[int, ...], tuple[Sequence[Tensor], Tensor]] = {}
 
     def begin_forward(self) -> None:
         """A new forward of the model starts: forget what the layers of the last one shared."""
@@ -283,7 +315,7 @@ class IndexKeys:
             return
         past = cache.layers[layer].get_seq_length()
         rows = getattr(cache.layers[layer], "index_rows", None)
-        seen = 0 if rows is None else len(rows)
+        seen = 0 if rows is None else len(rows) + len(cache.layers[layer].index_waiting)
         if past and seen != past:
             raise ConfigError(
                 f"The cache holds {past} positions of layer {layer}, but index keys for {seen}: an indexer has to see every "
@@ -302,14 +334,30 @@ class IndexKeys:
         q: Float[Tensor, "batch q_len q_heads head_dim"],
         k: Float[Tensor, "batch kv_len kv_heads head_dim"],
     ) -> KeyRows | None:
-        """Write the raw keys of the new positions; returns those of all positions, `None` where no indexer serves."""
+        """Write the raw keys of the new positions; returns those of all positions.
+
+        `None` where no indexer serves, and where a generated position waits.
+        """
         module = self._module(layer, inputs.hidden.device)
         if module is None:
             return None
         new, past = q.shape[1], k.shape[1] - q.shape[1]
         _, features = index_features(module.config.features, inputs, q, k[:, past:])
+        waiting = inputs.cache.layers[layer].index_waiting if past and inputs.cache is not None else ()
+        if self._defer and past and new == 1 and inputs.cache is not None and len(waiting) < MOST_WAITING:
+            # keys may be a view of all of them
+            features = features if module.config.features == "hidden" else features.clone()
+            one = Waiting(features=features, cos=inputs.cos, sin=inputs.sin)
+            inputs.cache.layers[layer].index_waiting = (*waiting, one)
+            return None
+        model_cos, model_sin = inputs.cos, inputs.sin
+        if waiting:
+            features = torch.cat([*(x.features for x in waiting), features], 1)
+            model_cos = self._after([x.cos for x in waiting], inputs.cos)
+            model_sin = self._after([x.sin for x in waiting], inputs.sin)
         raw = module.project_keys(features)
-        cos, sin = self._rope(module, inputs)[2:] or [raw.new_zeros(*raw.shape[:2], 0)] * 2
+        tables = self._rope(module, model_cos, model_sin, len(raw), shared=inputs.shared)
+        cos, sin = tables[2:] or [raw.new_zeros(*raw.shape[:2], 0)] * 2
         rows = KeyRows(raw=raw, cos=cos, sin=sin)
         if inputs.cache is None:
             if past:
@@ -322,6 +370,7 @@ class IndexKeys:
             before = held.index_rows
             raw = torch.cat([before.raw, raw], 1)
             rows = KeyRows(raw=raw, cos=self._join(before.cos, cos), sin=self._join(before.sin, sin))
+            held.index_waiting = ()
         if not isinstance(held, _IndexedLayer):
             held = inputs.cache.layers[layer] = _indexed(held)
         held.index_rows, held.index_owner = rows, self._owner
@@ -340,30 +389,39 @@ class IndexKeys:
         module = self._module(layer, inputs.hidden.device)
         assert module is not None
         features, _ = index_features(module.config.features, inputs, q, k[:, k.shape[1] - q.shape[1] :])
-        return module.project_queries(features, *self._rope(module, inputs)[:2]), rows.finish(module)
+        tables = self._rope(module, inputs.cos, inputs.sin, len(features), shared=inputs.shared)
+        return module.project_queries(features, *tables[:2]), rows.finish(module)
 
-    def _rope(self, module: LayerIndexer, inputs: LayerInputs) -> tuple[Tensor, ...]:
+    def _rope(
+        self, module: LayerIndexer, cos: Tensor | None, sin: Tensor | None, batch: int, *, shared: bool
+    ) -> tuple[Tensor, ...]:
         """Tables for queries, and the half of each that is kept with keys; the layers of a forward share them."""
-        cos, sin, dim = inputs.cos, inputs.sin, module.config.rotary_dim
+        dim = module.config.rotary_dim
         if cos is None or sin is None or not dim:
             return ()
         key = id(cos), id(sin), dim
         if key in self._tables:
             return self._tables[key][2]
         tables = index_rope(cos, sin, dim)
-        halves = [x[..., : dim // 2].expand(inputs.hidden.shape[0], -1, -1) for x in tables]
+        halves = [x[..., : dim // 2].expand(batch, -1, -1) for x in tables]
         found = (*tables, *halves)
         # what was cut out of a padded batch is another tensor in every layer
-        if inputs.shared:
+        if shared:
             self._tables[key] = cos, sin, found
         return found
 
-    def _join(self, before: Tensor, new: Tensor) -> Tensor:
+    def _after(self, waiting: Sequence[Tensor | None], new: Tensor | None) -> Tensor | None:
+        """The model's tables of the positions that waited, and of the new ones."""
+        tables = [x for x in (*waiting, new) if x is not None]
+        return self._join(*tables) if tables else None
+
+    def _join(self, *tables: Tensor) -> Tensor:
         """Tables of all positions; while no layer's cache was changed apart from the others', all layers keep one tensor."""
-        key = id(before), id(new)
+        key = tuple(map(id, tables))
         if key not in self._joined:
-            self._joined[key] = before, new, torch.cat([before, new], 1)
-        return self._joined[key][2]
+            batch = max(x.shape[0] for x in tables)
+            self._joined[key] = tables, torch.cat([x.expand(batch, -1, -1) for x in tables], 1)
+        return self._joined[key][1]
 
     def _module(self, layer: int, device: torch.device) -> LayerIndexer | None:
         if layer not in self._placed:

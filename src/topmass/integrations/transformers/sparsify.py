@@ -130,7 +130,9 @@ class Run:
 
     def __init__(self, selector: Selector, *, backend: str, decode: Decode, record_support: bool) -> None:
         self.selector, self.backend, self.decode, self.record_support = selector, backend, decode, record_support
-        self.index = IndexKeys(selector.indexer) if isinstance(selector, IndexerSelector) else None
+        # sparse decoding reads every index key at once
+        served = isinstance(selector, IndexerSelector)
+        self.index = IndexKeys(selector.indexer, defer=decode == "dense") if served else None
         self.receipt = Receipt({})
         self.observe: Observe | None = None
         self._parts: dict[int, dict[int | None, list[Support]]] = {}

@@ -1,0 +1,170 @@
+"""What topmass costs where it does not help: short prompts that `dense_below` keeps dense, and generated tokens.
+
+    PYTHONPATH=src python recipes/overhead.py --shape qwen3.5-9b --out overhead-qwen3.5-9b.json      # one GPU
+    PYTHONPATH=src python recipes/overhead.py --shape tiny --device cpu --dtype float32 --lengths 64 --prompts 64 --rounds 3 --tokens 8
+
+Prompts: the model as it is (`stock`), once more (`again`: what two equal ways differ by here), and inside `sparsify` with an
+indexer that keeps these lengths dense (`auto`). Generated tokens: the same three, and an indexer that ran the prompt sparse
+(`sparse`). Ways alternate prompt by prompt and token by token, each on a cache of its own, so that whatever drifts hits all of them.
+Weights and tokens are random; each line says the median, and the median of the ratios to `stock` with its 95 % interval.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import topmass
+from topmass.bench.models import build_model
+from topmass.bench.modes import Mode
+from topmass.bench.timing import rotation
+from topmass.bench.ttft import describe_linear, random_prompts
+from topmass.integrations.transformers.index_keys import describe_model, index_configs
+from topmass.integrations.transformers.linear import fast_linear_attention
+from topmass.integrations.transformers.load import describe_device
+
+STOCK, AGAIN = "stock", "again"
+Times = dict[str, list[float]]
+
+
+def ways(model: Any, args: argparse.Namespace) -> dict[str, Mode]:
+    """Ways to run the model: as it is, twice, and with one untrained indexer, dense up to `--dense-below` and sparse."""
+    indexer = topmass.Indexer.create(index_configs(model, dim=args.dim), describe_model(model)[0])
+    unit = topmass.Granularity(q_block=args.q_block)
+    auto = indexer.selector(budget=args.budget, granularity=unit, dense_below=args.dense_below)
+    sparse = indexer.selector(budget=args.budget, granularity=unit)
+    return {
+        STOCK: Mode(name=STOCK, role="dense"),
+        AGAIN: Mode(name=AGAIN, role="dense"),
+        "auto": Mode(name="auto", role="sparse", selector=auto),
+        "sparse": Mode(name="sparse", role="sparse", selector=sparse),
+    }
+
+
+def prompts(model: Any, modes: dict[str, Mode], ids: torch.Tensor, rounds: int) -> Times:
+    """Milliseconds of a prompt until its last logits are on the host, by way."""
+    return alternate(modes, model, lambda name: lambda: forward(model, ids, None)[0].cpu(), rounds, warm=3)
+
+
+def tokens(model: Any, modes: dict[str, Mode], ids: torch.Tensor, count: int) -> Times:
+    """Milliseconds of one generated token after a prompt, by way; each way generates from its own cache."""
+    state = {}
+    for name, mode in modes.items():
+        with mode.running(model):
+            state[name] = forward(model, ids, None)
+
+    def step(name: str) -> Callable[[], None]:
+        def run() -> None:
+            logits, cache = state[name]
+            state[name] = forward(model, logits.argmax(-1), cache)
+
+        return run
+
+    return alternate(modes, model, step, count, warm=4)
+
+
+def forward(model: Any, ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
+    out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return out.logits, out.past_key_values
+
+
+def alternate(
+    modes: dict[str, Mode], model: Any, work: Callable[[str], Callable[[], Any]], rounds: int, warm: int
+) -> Times:
+    """Time every way once a round, in an order that turns; the first `warm` rounds do not count."""
+    found: Times = {name: [] for name in modes}
+    for i in range(warm + rounds):
+        for name in rotation(list(modes), i):
+            with modes[name].running(model):
+                call = work(name)
+                start = now(model.device)
+                call()
+                if i >= warm:
+                    found[name].append(now(model.device) - start)
+                else:
+                    now(model.device)
+    return found
+
+
+def now(device: torch.device) -> float:
+    """Milliseconds, once the device has done everything."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() * 1e3
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Distribution-free 95 % interval of a median, from order statistics (normal approximation of the binomial)."""
+    ordered, n = sorted(values), len(values)
+    reach = 0.98 * n**0.5
+    low, high = int(n / 2 - reach), int(n / 2 + reach + 1)
+    return ordered[max(low - 1, 0)], ordered[min(high, n) - 1]
+
+
+def told(times: Times) -> dict[str, dict[str, Any]]:
+    """Median of each way, and of its ratio to `stock` round by round."""
+    found = {}
+    for name, values in times.items():
+        ratios = [a / b for a, b in zip(values, times[STOCK], strict=True)]
+        low, high = median_interval(ratios)
+        found[name] = {
+            "milliseconds": statistics.median(values), "over_stock": statistics.median(ratios), "low": low, "high": high,
+            "rounds": len(values),
+        }  # fmt: skip
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="qwen3.5-9b")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[1024, 4096, 16384], help="of prompts kept dense")
+    parser.add_argument(
+        "--prompts", type=int, nargs="*", default=[4096], help="lengths after which tokens are generated"
+    )
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--tokens", type=int, default=120)
+    parser.add_argument("--dense-below", type=int, default=16384)
+    parser.add_argument("--budget", type=int, default=2048)
+    parser.add_argument("--q-block", type=int, default=32)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    model = build_model(args.shape, device=args.device, dtype=getattr(torch, args.dtype))
+    modes, text = ways(model, args), random_prompts(model)
+    found: dict[str, Any] = {
+        "shape": args.shape, "device": describe_device(model), "linear_attention": describe_linear(model), "budget": args.budget,
+        "q_block": args.q_block, "dense_below": args.dense_below, "dtype": args.dtype, "prompt": {}, "token": {},
+    }  # fmt: skip
+    with torch.inference_mode(), fast_linear_attention(model):
+        for n in args.lengths:
+            kept = {name: modes[name] for name in (STOCK, AGAIN, "auto")}
+            # long prompts drift less, and cost more
+            rounds = max(args.rounds * 4096 // max(n, 4096), 3)
+            found["prompt"][n] = told(prompts(model, kept, text(1, n), rounds))
+            show(f"prompt of {n}", found["prompt"][n])
+        for n in args.prompts:
+            found["token"][n] = told(tokens(model, modes, text(1, n), args.tokens))
+            show(f"token after {n}", found["token"][n])
+    if args.out is not None:
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+def show(what: str, ways: dict[str, dict[str, Any]]) -> None:
+    for name, x in ways.items():
+        print(
+            f"{what}: {name:8s} {x['milliseconds']:9.3f} ms, {x['over_stock']:.4f} [{x['low']:.4f}, {x['high']:.4f}] of stock",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
