@@ -404,6 +404,7 @@ def test_generate_writes_keys_at_every_position(models, family, decode):
     assert found.equal(out)
     for layer, rows in rows_of(cache).items():
         assert len(rows) == (30 if decode == "dense" else 28)
+        rows = rows.map(lambda x: x[:, :28])
         torch.testing.assert_close(rows.raw, rows_of(stepwise)[layer].raw[:, :28], **EXACT)
         assert run.receipt.layers[layer].decode_queries == (2 * (8 + 9) if decode == "dense" else 0)
     if decode == "sparse":

@@ -310,3 +310,32 @@ def test_settings_that_cannot_be():
     ):
         with pytest.raises(ConfigError, match=message):
             make().selector(**{"budget": 64, **settings})
+
+
+def test_what_is_kept_for_serving_follows_the_weights():
+    indexer = make(0)
+    cpu, half = torch.device("cpu"), torch.bfloat16
+    first, digest = indexer.served(1, cpu, half), indexer.digest
+    assert indexer.served(1, cpu, half) is first
+    assert first.q_proj.weight.dtype == half
+    assert first.q_norm.weight.dtype == torch.float32
+    with torch.no_grad():
+        indexer.layer(1).q_proj.weight[0, 0] += 1
+    changed = indexer.served(1, cpu, half)
+    assert changed.q_proj.weight[0, 0] != first.q_proj.weight[0, 0]
+    assert indexer.digest != digest
+    again = indexer.digest
+    indexer.load_state_dict({k: v.clone() * 2 for k, v in indexer.state_dict().items()}, assign=True)
+    torch.testing.assert_close(indexer.served(1, cpu, half).q_proj.weight, 2 * changed.q_proj.weight)
+    assert indexer.digest not in (digest, again)
+    assert indexer.served(2, cpu, half) is None
+
+
+def test_weights_made_in_inference_mode_are_never_out_of_date():
+    with torch.inference_mode():
+        indexer = make(0)
+        digest, served = indexer.digest, indexer.served(1, torch.device("cpu"), torch.bfloat16)
+        indexer.layer(1).q_proj.weight.mul_(2)
+        assert indexer.digest != digest
+        found = indexer.served(1, torch.device("cpu"), torch.bfloat16)
+    torch.testing.assert_close(found.q_proj.weight, 2 * served.q_proj.weight)

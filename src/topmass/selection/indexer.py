@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -143,6 +143,37 @@ class LayerIndexer(nn.Module):
             raise ConfigError(f"cos and sin must have rotary_dim={width} columns, got {cos.shape[-1]}.")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Weights:
+    """Parameters as they were: which they are, and how often each was written to."""
+
+    tensors: tuple[Tensor, ...]
+    marks: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "_Weights | None":
+        tensors = tuple(module.parameters())
+        # such tensors do not count what is written to them
+        if any(x.is_inference() for x in tensors):
+            return None
+        return cls(tensors, tuple((x.data_ptr(), x._version) for x in tensors))
+
+    def same(self, other: "_Weights") -> bool:
+        return self.marks == other.marks and all(a is b for a, b in zip(self.tensors, other.tensors, strict=True))
+
+
+def _copy(module: LayerIndexer, device: torch.device, dtype: torch.dtype) -> LayerIndexer:
+    """For inference: projections in the dtype that they compute in, norms in their own."""
+    weights = {
+        name: x.to(device, dtype if name.endswith("_proj.weight") else x.dtype)
+        for name, x in module.state_dict().items()
+    }
+    with torch.device("meta"):
+        placed = LayerIndexer(module.config)
+    placed.load_state_dict(weights, assign=True)
+    return placed.requires_grad_(False)
+
+
 class Indexer(nn.Module):
     """The indexers of a model's full-attention layers, and what is known about them.
 
@@ -172,6 +203,7 @@ class Indexer(nn.Module):
     def __init__(self, info: IndexerInfo) -> None:
         super().__init__()
         self.info = info
+        self._memo: dict[Any, tuple[_Weights, Any]] = {}
         with torch.random.fork_rng(devices=[]):
             self.layers = nn.ModuleDict({str(i): LayerIndexer(config) for i, config in sorted(info.layers.items())})
 
@@ -238,9 +270,32 @@ class Indexer(nn.Module):
         assert module is None or isinstance(module, LayerIndexer)
         return module
 
+    def served(self, index: int, device: torch.device, dtype: torch.dtype) -> LayerIndexer | None:
+        """A layer's indexer on the device of a model that computes in `dtype`, or `None` if it has none.
+
+        Not for training: the copy is kept, and made again once weights have changed.
+        """
+        module = self.layer(index)
+        if module is None:
+            return None
+        return self._remembered((index, device, dtype), module, lambda: _copy(module, device, dtype))
+
+    def _remembered(self, key: Any, of: nn.Module, make: Callable[[], Any]) -> Any:
+        weights = _Weights.of(of)
+        held = self._memo.get(key)
+        if held is None or weights is None or not held[0].same(weights):
+            value = make()
+            if weights is None:
+                return value
+            held = self._memo[key] = weights, value
+        return held[1]
+
     @property
     def digest(self) -> str:
         """Twelve hexadecimal digits that identify weights and configurations as they are now."""
+        return self._remembered("digest", self, self._hash)
+
+    def _hash(self) -> str:
         found = hashlib.sha256(json.dumps(self.info.to_json()["layers"], sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

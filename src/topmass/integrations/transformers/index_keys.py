@@ -295,7 +295,7 @@ class IndexKeys:
     def __init__(self, indexer: Indexer, *, defer: bool = False) -> None:
         self._indexer, self._defer = indexer, defer
         self._owner = indexer.digest
-        self._placed: dict[int, LayerIndexer] = {}
+        self._placed: dict[int, LayerIndexer | None] = {}
         # by the identity of tensors, which are held so that it stays theirs
         self._tables: dict[tuple[int, int, int], tuple[Tensor, Tensor, tuple[Tensor, ...]]] = {}
         self._joined: dict[tuple[int, ...], tuple[Sequence[Tensor], Tensor]] = {}
@@ -338,7 +338,7 @@ class IndexKeys:
 
         `None` where no indexer serves, and where a generated position waits.
         """
-        module = self._module(layer, inputs.hidden.device)
+        module = self._module(layer, inputs.hidden)
         if module is None:
             return None
         new, past = q.shape[1], k.shape[1] - q.shape[1]
@@ -386,7 +386,7 @@ class IndexKeys:
         k: Float[Tensor, "batch kv_len kv_heads head_dim"],
     ) -> tuple[Float[Tensor, "batch q_len heads dim"], Float[Tensor, "batch groups dim"]]:
         """Index queries of the new positions, and index keys of all complete groups."""
-        module = self._module(layer, inputs.hidden.device)
+        module = self._module(layer, inputs.hidden)
         assert module is not None
         features, _ = index_features(module.config.features, inputs, q, k[:, k.shape[1] - q.shape[1] :])
         tables = self._rope(module, inputs.cos, inputs.sin, len(features), shared=inputs.shared)
@@ -423,16 +423,9 @@ class IndexKeys:
             self._joined[key] = tables, torch.cat([x.expand(batch, -1, -1) for x in tables], 1)
         return self._joined[key][1]
 
-    def _module(self, layer: int, device: torch.device) -> LayerIndexer | None:
+    def _module(self, layer: int, like: Tensor) -> LayerIndexer | None:
         if layer not in self._placed:
-            module = self._indexer.layer(layer)
-            if module is None:
-                return None
-            weights = {name: x.to(device) for name, x in module.state_dict().items()}
-            with torch.device("meta"):
-                placed = LayerIndexer(module.config)
-            placed.load_state_dict(weights, assign=True)
-            self._placed[layer] = placed.requires_grad_(False)
+            self._placed[layer] = self._indexer.served(layer, like.device, like.dtype)
         return self._placed[layer]
 
 
@@ -442,8 +435,10 @@ def _sample_weights(layers: dict[int, nn.Module]) -> str:
     for _, module in sorted(layers.items()):
         for _, weight in sorted(module.named_parameters()):
             if weight.is_floating_point() and not weight.is_meta:
-                parts.append(weight.detach().reshape(-1)[:64].to(torch.bfloat16).cpu())
+                parts.append(weight.detach().reshape(-1)[:64].to(torch.bfloat16))
     if not parts:
         return ""
-    values = torch.cat(parts).view(torch.uint8).numpy()
+    # one copy to the host unless the layers are spread over devices
+    together = len({x.device for x in parts}) == 1
+    values = torch.cat(parts if together else [x.cpu() for x in parts]).cpu().view(torch.uint8).numpy()
     return hashlib.sha256(values.tobytes()).hexdigest()[:12]
