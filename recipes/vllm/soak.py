@@ -16,11 +16,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Clock, Store, engine, generate, ids_of, on_gpu, receipts, samples, stops, tokenizer, version
+from common import (
+    INDEXER,
+    REFERENCE,
+    Clock,
+    Store,
+    engine,
+    generate,
+    ids_of,
+    on_gpu,
+    receipts,
+    samples,
+    stops,
+    tokenizer,
+    version,
+)
+from transformers import AutoConfig
 
+import topmass
 from topmass.eval.tasks import score
 from topmass.results.stats import mean
 
+# longest prompts that the KV cache holds: too few for all that are open, so that some are preempted
+ROOM = 1.5
 # MiB that may be held beyond what was held after a quarter of the time
 GPU_GROWTH, HOST_GROWTH = 64, 512
 
@@ -100,6 +118,13 @@ class Load:
         return held
 
 
+def token_bytes() -> int:
+    """Bytes of one position in the KV cache: keys, values and index keys of the full-attention layers."""
+    model, info = AutoConfig.from_pretrained(REFERENCE).get_text_config(), topmass.load_indexer(INDEXER).info
+    width = 2 * model.num_key_value_heads * model.head_dim
+    return 2 * sum(width + config.dim for config in info.layers.values())
+
+
 def memory() -> tuple[float, float]:
     """MiB in use on the GPU, and the most that this process ever held on the host."""
     gpu = torch.cuda.memory_allocated() / 2**20 if on_gpu() else 0.0
@@ -115,9 +140,7 @@ def main() -> int:
     parser.add_argument("--longest", type=int, default=65536)
     parser.add_argument("--concurrent", type=int, default=16)
     parser.add_argument("--budget", type=int, default=256)
-    parser.add_argument(
-        "--blocks", type=int, default=0, help="blocks of the KV cache; default two and a half longest prompts"
-    )
+    parser.add_argument("--blocks", type=int, default=0, help="blocks of the KV cache; default ROOM longest prompts")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     print(version(), flush=True)
@@ -126,7 +149,11 @@ def main() -> int:
     known = list(zip(ids_of(words, batch), [s.max_new_tokens for s in batch], strict=True))
     options = {"max_model_len": args.longest, "max_num_batched_tokens": 8192, "max_num_seqs": args.concurrent}
     settings = {"budget": args.budget, "dense_below": 0}
-    llm = engine(settings, num_gpu_blocks_override=args.blocks or None, **options)
+    if args.blocks:
+        options["num_gpu_blocks_override"] = args.blocks
+    elif on_gpu():
+        options["kv_cache_memory_bytes"] = round(ROOM * args.longest * token_bytes())
+    llm = engine(settings, **options)
     cache = llm.llm_engine.vllm_config.cache_config
     print(f"KV cache: {cache.num_gpu_blocks} blocks of {cache.block_size} tokens", flush=True)
     alone = [generate(llm, [p], new, stops())[0] for p, new in known]
