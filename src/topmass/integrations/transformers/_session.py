@@ -26,6 +26,9 @@ __all__ = ["Attend", "LayerCall", "Session"]
 
 NAME = "topmass"
 
+# whether a forward may run the model's own attention: batch, first position, length
+Leave = Callable[[int, int, int], bool]
+
 # keyed by identity: modules and configurations are alive while their session is
 _BY_MODULE: dict[int, "Session"] = {}
 _BY_CONFIG: dict[int, "Session"] = {}
@@ -90,10 +93,18 @@ class Session:
     Args:
         capture: Keep what each attention module receives, for `LayerCall.inputs`.
         index: Writes index keys at every position; needs what `capture` keeps, and turns it on.
+        leave: Asked before every forward that could do without `attend`, with its batch, first position and length. True leaves
+            the forward to the model's own attention, which costs nothing; index keys are written all the same.
     """
 
     def __init__(
-        self, model: nn.Module, attend: Attend, *, capture: bool = False, index: IndexKeys | None = None
+        self,
+        model: nn.Module,
+        attend: Attend,
+        *,
+        capture: bool = False,
+        index: IndexKeys | None = None,
+        leave: Leave | None = None,
     ) -> None:
         self.decoder, self.layers = find_layers(model)
         self.attend = attend
@@ -102,7 +113,10 @@ class Session:
         self._own = {id(m) for m in self.decoder.modules()}
         self._configs: list[Any] = list({id(m.config): m.config for m in self.layers.values()}.values())
         self._original: list[str] = []
-        self._capture, self._index = capture or index is not None, index
+        self._capture, self._index, self._leave = capture or index is not None, index, leave
+        self._left = False
+        # the cache that was checked last, and how many layers it had
+        self._checked: tuple[Any, int] = None, 0
         self._received: dict[int, LayerInputs] = {}
         self._turns = {i: self._family.uses_rope(m) for i, m in self.layers.items()}
         # by the identity of what modules are given, which is held so that it stays its own
@@ -124,7 +138,10 @@ class Session:
             _BY_CONFIG[id(config)] = self
         for module in self.layers.values():
             _BY_MODULE[id(module)] = self
-        self._hooks = [self.decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
+        self._hooks = [
+            self.decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self.decoder.register_forward_hook(self._after_forward, always_call=True),
+        ]
         for module in self.layers.values() if self._capture else ():
             self._hooks.append(module.register_forward_pre_hook(self._before_attention, with_kwargs=True))
         return self
@@ -136,6 +153,7 @@ class Session:
             hook.remove()
         self._received.clear()
         self._tables.clear()
+        self._checked = None, 0
         for module in self.layers.values():
             _BY_MODULE.pop(id(module), None)
         for config, original in zip(self._configs, self._original, strict=True):
@@ -164,18 +182,62 @@ class Session:
                 f"transformers starts the recurrent layers of {self._family.model_type!r} models anew with every call of "
                 "several tokens; give the whole prompt in one call."
             )
-        for layer in self.layers if cache is not None else ():
+        if cache is not None:
+            self._check_cache(cache)
+        self._received.clear()
+        self._tables.clear()
+        self._left = given is not None and self._leaves(given, mask, cache)
+        if self._left:
+            self._name(self._original)
+        else:
+            self.attend.begin_forward()
+
+    def _check_cache(self, cache: Any) -> None:
+        layers = getattr(cache, "layers", ())
+        known, held = self._checked
+        # its layers go on together: a forward outside of the block shows in any of them
+        for layer in list(self.layers)[:1] if known is cache and held == len(layers) else self.layers:
             _check_cache_layer(cache, layer)
             if self._index is not None:
                 self._index.check_cache(cache, layer)
-        self._received.clear()
-        self._tables.clear()
-        self.attend.begin_forward()
+        self._checked = cache, len(layers)
+
+    def _leaves(self, given: Tensor, mask: Any, cache: Any) -> bool:
+        if self._leave is None or (self._index is not None and not self._index.reads_hidden):
+            return False
+        batch, length = given.shape[:2]
+        start = 0 if cache is None else cache.get_seq_length(next(iter(self.layers)))
+        # a wrapper that made the mask made it for this session
+        if not (mask is None or (isinstance(mask, Tensor) and mask.shape == (batch, start + length))):
+            return False
+        # padding moves positions; a generated token is never padding
+        if not (length == 1 and start) and mask is not None and not bool(mask.all()):
+            return False
+        return self._leave(batch, start, length)
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._left:
+            self._left = False
+            self._name([NAME] * len(self._configs))
+            self._write_left()
+
+    def _name(self, names: Iterable[str]) -> None:
+        for config, name in zip(self._configs, names, strict=True):
+            config._attn_implementation = name
+
+    def _write_left(self) -> None:
+        """Index keys of the layer before, whose cache the forward has reached by now."""
+        while self._received:
+            layer, inputs = self._received.popitem()
+            if self._index is not None and inputs.cache is not None:
+                self._index.extend(layer, inputs, inputs.hidden)
 
     def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         kwargs = _by_name(module, args, kwargs)
         layer = self._layer_of[id(module)]
         cos, sin = self._rope_tables(layer, module, kwargs.get("position_embeddings"))
+        if self._left:
+            self._write_left()
         self._received[layer] = LayerInputs(
             hidden=kwargs["hidden_states"],
             cos=cos,
@@ -202,7 +264,10 @@ class Session:
                 "tokens too."
             )
         inputs = self._received.pop(layer, None)
-        index = None if self._index is None or inputs is None else self._index.extend(layer, inputs, q, k)
+        index = None
+        if self._index is not None and inputs is not None:
+            features = self._index.key_features(layer, inputs, q, k)
+            index = self._index.extend(layer, inputs, features, k.shape[1])
         settings |= {"layer": layer, "decode": decode}
         if mask is None:
             return self.attend(LayerCall(q=q, k=k, v=v, sample=None, inputs=inputs, index_rows=index, **settings))

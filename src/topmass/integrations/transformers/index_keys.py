@@ -7,7 +7,7 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -202,8 +202,7 @@ class KeyRows:
         return module.finish_keys(self.raw, *tables)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Waiting:
+class Waiting(NamedTuple):
     """A generated position whose index key nobody has asked for: what it will be projected from, and the model's tables."""
 
     features: Float[Tensor, "batch 1 width"]
@@ -214,7 +213,7 @@ class Waiting:
         """The same change to every tensor."""
         batch = self.features.shape[0]
         tables = [x if x is None else change(x.expand(batch, -1, -1)) for x in (self.cos, self.sin)]
-        return Waiting(features=change(self.features), cos=tables[0], sin=tables[1])
+        return Waiting(change(self.features), *tables)
 
 
 class _IndexedLayer:
@@ -326,55 +325,75 @@ class IndexKeys:
                 "The cache holds the index keys of another indexer; begin the prompt, with an empty cache, inside this block."
             )
 
-    @torch.no_grad()
-    def extend(
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether hidden states are all that the indexer reads."""
+        return all(config.features == "hidden" for config in self._indexer.info.layers.values())
+
+    def key_features(
         self,
         layer: int,
         inputs: LayerInputs,
         q: Float[Tensor, "batch q_len q_heads head_dim"],
         k: Float[Tensor, "batch kv_len kv_heads head_dim"],
+    ) -> Float[Tensor, "batch q_len k_width"]:
+        """What raw keys of the new positions are projected from."""
+        module = self._module(layer, inputs.hidden)
+        if module is None or module.config.features == "hidden":
+            return inputs.hidden
+        # a copy, as it may wait while the cache goes on
+        return index_features("qk", inputs, q, k[:, k.shape[1] - q.shape[1] :].detach())[1].clone()
+
+    def extend(
+        self, layer: int, inputs: LayerInputs, features: Float[Tensor, "batch q_len k_width"], kv_len: int = 0
     ) -> KeyRows | None:
-        """Write the raw keys of the new positions; returns those of all positions.
+        """Write the raw keys of the new positions behind those that the cache has; returns those of all positions.
 
         `None` where no indexer serves, and where a generated position waits.
+
+        Args:
+            features: What `key_features` gives for the new positions.
+            kv_len: Keys that the layer attends to, where that is known.
+
+        Raises:
+            UnsupportedModelError: The layer has keys of other positions, and no cache to keep index keys in.
         """
         module = self._module(layer, inputs.hidden)
         if module is None:
             return None
-        new, past = q.shape[1], k.shape[1] - q.shape[1]
-        _, features = index_features(module.config.features, inputs, q, k[:, past:])
-        waiting = inputs.cache.layers[layer].index_waiting if past and inputs.cache is not None else ()
-        if self._defer and past and new == 1 and inputs.cache is not None and len(waiting) < MOST_WAITING:
-            # keys may be a view of all of them
-            features = features if module.config.features == "hidden" else features.clone()
-            one = Waiting(features=features, cos=inputs.cos, sin=inputs.sin)
-            inputs.cache.layers[layer].index_waiting = (*waiting, one)
+        cache: Any = inputs.cache
+        if cache is None and kv_len > features.shape[1]:
+            raise UnsupportedModelError(
+                f"The layer received {kv_len} keys for {features.shape[1]} positions without a cache."
+            )
+        held: Any = None if cache is None else cache.layers[layer]
+        before = getattr(held, "index_rows", None)
+        if self._defer and before is not None and features.shape[1] == 1 and len(held.index_waiting) < MOST_WAITING:
+            held.index_waiting = (*held.index_waiting, Waiting(features.detach(), inputs.cos, inputs.sin))
             return None
-        model_cos, model_sin = inputs.cos, inputs.sin
-        if waiting:
-            features = torch.cat([*(x.features for x in waiting), features], 1)
-            model_cos = self._after([x.cos for x in waiting], inputs.cos)
-            model_sin = self._after([x.sin for x in waiting], inputs.sin)
-        raw = module.project_keys(features)
-        tables = self._rope(module, model_cos, model_sin, len(raw), shared=inputs.shared)
-        cos, sin = tables[2:] or [raw.new_zeros(*raw.shape[:2], 0)] * 2
-        rows = KeyRows(raw=raw, cos=cos, sin=sin)
-        if inputs.cache is None:
-            if past:
-                raise UnsupportedModelError(
-                    f"The layer received {past + new} keys for {new} positions without a cache."
-                )
-            return rows
-        held = inputs.cache.layers[layer]
-        if past:
-            before = held.index_rows
-            raw = torch.cat([before.raw, raw], 1)
-            rows = KeyRows(raw=raw, cos=self._join(before.cos, cos), sin=self._join(before.sin, sin))
-            held.index_waiting = ()
-        if not isinstance(held, _IndexedLayer):
-            held = inputs.cache.layers[layer] = _indexed(held)
-        held.index_rows, held.index_owner = rows, self._owner
+        rows = self._rows(module, inputs, features, held)
+        if held is not None:
+            if not isinstance(held, _IndexedLayer):
+                held = cache.layers[layer] = _indexed(held)  # pyright: ignore[reportOptionalMemberAccess]
+            held.index_rows, held.index_waiting, held.index_owner = rows, (), self._owner
         return rows
+
+    @torch.no_grad()
+    def _rows(self, module: LayerIndexer, inputs: LayerInputs, features: Tensor, held: Any) -> KeyRows:
+        """Raw keys and tables of what the cache has, of what waits there, and of the new positions."""
+        before = getattr(held, "index_rows", None)
+        cos, sin = inputs.cos, inputs.sin
+        if before is not None and (waiting := held.index_waiting):
+            features = torch.cat([*(x.features for x in waiting), features], 1)
+            cos = self._after([x.cos for x in waiting], cos)
+            sin = self._after([x.sin for x in waiting], sin)
+        raw = module.project_keys(features)
+        tables = self._rope(module, cos, sin, len(raw), shared=inputs.shared)
+        cos, sin = tables[2:] or [raw.new_zeros(*raw.shape[:2], 0)] * 2
+        if before is not None:
+            raw = torch.cat([before.raw, raw], 1)
+            cos, sin = self._join(before.cos, cos), self._join(before.sin, sin)
+        return KeyRows(raw=raw, cos=cos, sin=sin)
 
     @torch.no_grad()
     def vectors(

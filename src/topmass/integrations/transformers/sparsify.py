@@ -1,5 +1,6 @@
 """`sparsify`: run an unmodified transformers model with sparse prefill, and say what really ran."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -86,11 +87,12 @@ class LayerReceipt:
         reason: str = "",
         keys: Any = 0.0,
         selection: Mapping[str, str] | None = None,
+        calls: int = 1,
     ) -> None:
-        """Add one call."""
+        """Add calls, with what all of them together did."""
         for op, name in (selection or {}).items():
             self.selection[f"{op}={name}"] = self.selection.get(f"{op}={name}", 0) + 1
-        self.backends[backend] = self.backends.get(backend, 0) + 1
+        self.backends[backend] = self.backends.get(backend, 0) + calls
         self.sparse_queries += sparse
         self.decode_queries += decode
         if dense:
@@ -124,7 +126,6 @@ class Run:
     """Handle of a `sparsify` block.
 
     Attributes:
-        receipt: What each full-attention layer did.
         observe: Called with every selection: what the selector saw, its support and its rule. `None` observes nothing.
     """
 
@@ -133,7 +134,9 @@ class Run:
         # sparse decoding reads every index key at once
         served = isinstance(selector, IndexerSelector)
         self.index = IndexKeys(selector.indexer, defer=decode == "dense") if served else None
-        self.receipt = Receipt({})
+        self._receipt = Receipt({})
+        # what the model's own attention ran, and is not in the receipt yet: batch, first position, length
+        self._left: Counter[tuple[int, int, int]] = Counter()
         self.observe: Observe | None = None
         self._parts: dict[int, dict[int | None, list[Support]]] = {}
         self._carry: dict[tuple[int | None, int], dict[str, Any]] = {}
@@ -160,8 +163,41 @@ class Run:
             joined[layer] = [_join([p.sequence(i) for p in whole] + padded.get(i, [])) for i in rows]
         return joined
 
+    @property
+    def receipt(self) -> Receipt:
+        """What each full-attention layer did so far."""
+        left, self._left = self._left, Counter()
+        for forward, times in left.items():
+            for layer in self._receipt.layers.values():
+                self._count_left(layer, forward, times)
+        return self._receipt
+
+    def _count_left(self, receipt: LayerReceipt, forward: tuple[int, int, int], times: int) -> None:
+        batch, start, length = forward
+        queries = batch * length * times
+        if _generated(start, length):
+            receipt.count("dense", decode=queries, calls=times)
+            return
+        rule = self._plan(receipt.layer, decode=False)[1]
+        reason = "kept dense by the selector" if rule is None else _within(rule)
+        receipt.count("dense", dense=queries, reason=reason, keys=times * _pairs(*forward), calls=times)
+
+    def leaves(self, batch: int, start: int, length: int) -> bool:
+        """Whether the model's own attention runs a forward, as all of its queries read every key."""
+        if self.record_support:
+            return False
+        if not _generated(start, length):
+            rules = {self._plan(layer, decode=False)[1] for layer in self._receipt.layers}
+            dense = all(rule is None or rule.reads_all(start, length) for rule in rules)
+        else:
+            dense, start = self.decode == "dense", 1
+        if dense:
+            self._left[batch, start, length] += 1
+        return dense
+
     def clear(self) -> None:
         """Forget receipts and supports, before another prompt."""
+        self._left.clear()
         for layer in self.receipt.layers:
             self.receipt.layers[layer].__init__(layer=layer)  # type: ignore[misc]
         self._parts.clear()
@@ -174,12 +210,12 @@ class Run:
 
     def __call__(self, call: LayerCall) -> Float[Tensor, "batch q_len q_heads v_dim"]:
         """Attention of one layer call."""
-        receipt = self.receipt.layers[call.layer]
+        receipt = self._receipt.layers[call.layer]
         b, q_len = call.q.shape[:2]
         if call.decode and self.decode == "dense":
             receipt.count("dense", decode=b * q_len)
             return _dense(call)
-        selector, rule = self._plan(call)
+        selector, rule = self._plan(call.layer, decode=call.decode)
         if rule is None:
             receipt.count("dense", dense=b * q_len, reason="kept dense by the selector", keys=_causal_keys(call))
             return _dense(call)
@@ -198,16 +234,16 @@ class Run:
         assert out is not None
         return out
 
-    def _plan(self, call: LayerCall) -> tuple[Selector, SupportRule | None]:
-        key = call.layer, call.decode
+    def _plan(self, layer: int, *, decode: bool) -> tuple[Selector, SupportRule | None]:
+        key = layer, decode
         if key not in self._plans:
-            selector = self.selector.per_query() if call.decode else self.selector
-            self._plans[key] = selector, selector.rule(call.layer)
+            selector = self.selector.per_query() if decode else self.selector
+            self._plans[key] = selector, selector.rule(layer)
         return self._plans[key]
 
     def _all_keys(self, call: LayerCall, rule: SupportRule) -> Tensor:
         queries = call.q.shape[0] * call.q.shape[1]
-        self.receipt.layers[call.layer].count("dense", dense=queries, reason=_within(rule), keys=_causal_keys(call))
+        self._receipt.layers[call.layer].count("dense", dense=queries, reason=_within(rule), keys=_causal_keys(call))
         return _dense(call)
 
     def _spans(self, call: LayerCall, selector: Selector, rule: SupportRule) -> Iterator[tuple[int, int]]:
@@ -266,7 +302,7 @@ class Run:
         b, rows = part.q.shape[:2]
         sparse = rule.sparse_queries(part.q_start, rows)
         keys = support.keys_read()
-        self.receipt.layers[call.layer].count(
+        self._receipt.layers[call.layer].count(
             attention["sparse_prefill"],
             sparse=sparse * b,
             dense=(rows - sparse) * b,
@@ -334,9 +370,13 @@ def sparsify(
     run = Run(selector, backend=backend, decode=decode, record_support=record_support)
     if isinstance(selector, IndexerSelector):
         check_indexer(selector.indexer, model)
-    with Session(model, run, index=run.index) as session:
-        run.receipt = Receipt({i: LayerReceipt(layer=i) for i in sorted(session.layers)})
-        yield run
+    with Session(model, run, index=run.index, leave=run.leaves) as session:
+        run._receipt = Receipt({i: LayerReceipt(layer=i) for i in sorted(session.layers)})
+        try:
+            yield run
+        finally:
+            # what was read from the handle inside the block is complete, too
+            run.receipt  # noqa: B018
 
 
 def _join(parts: list[Support]) -> Support:
@@ -375,8 +415,15 @@ def _dense(call: LayerCall) -> Tensor:
 
 
 def _causal_keys(call: LayerCall) -> int:
-    first, last = call.q_start + 1, call.k.shape[1]
-    return call.q.shape[0] * (first + last) * (last - first + 1) // 2
+    return _pairs(call.q.shape[0], call.q_start, call.q.shape[1])
+
+
+def _pairs(batch: int, start: int, length: int) -> int:
+    return batch * (start + 1 + start + length) * length // 2
+
+
+def _generated(start: int, length: int) -> bool:
+    return start > 0 and length == 1
 
 
 def _told(r: LayerReceipt) -> str:
