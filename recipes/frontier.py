@@ -32,7 +32,7 @@ from topmass.eval.settings import label
 from topmass.eval.tasks import Sample, list_tasks, make_samples
 from topmass.integrations.transformers.load import describe_device, weights_hash
 from topmass.integrations.transformers.reference import REFERENCE, load_reference
-from topmass.results import Run, load_run, make_manifest
+from topmass.results import Run, finish_partial, load_run, make_manifest
 from topmass.results.stats import macro_mean
 from topmass.selection import Selector
 from topmass.selection.indexer import named_indexer
@@ -198,17 +198,9 @@ def mark(begin: float, what: str) -> None:
 def finish(args: argparse.Namespace) -> int:
     """Complete the runs, report them, and check that kernels and arithmetic agree."""
     for name in RUNS:
-        partial = args.out / f"{name}.partial"
-        if not partial.is_dir():
-            continue
-        stored = json.loads((partial / "manifest.json").read_text())
-        key = stored.pop("key", None)
-        with Run.open(args.out / name, stored, key=key, overwrite=True) as run:
-            # nothing is measured here
-            run.manifest["attempts"].pop()
-            if name != "ttft":
-                run.rows[:] = complete_haystacks(run.rows)
-            print(run.finish(), len(run.rows), "rows")
+        if (args.out / f"{name}.partial").is_dir():
+            run = finish_partial(args.out / name, keep=None if name == "ttft" else complete_haystacks)
+            print(run.path, len(run.records), "rows")
     command = [sys.executable, "-m", "topmass.cli", "frontier", *(str(args.out / n) for n in RUNS)]
     subprocess.run([*command, "--out", str(args.out / "report")], check=True)
     found = realization(load_run(args.out / "eval").records, load_run(args.out / "arithmetic").records)
@@ -217,7 +209,7 @@ def finish(args: argparse.Namespace) -> int:
     return 0 if found["pass"] else 1
 
 
-def complete_haystacks(rows: Sequence[Row]) -> list[Row]:
+def complete_haystacks(rows: list[Row]) -> list[Row]:
     """Rows of the haystacks that every configuration answered on every task; time may have ended within one."""
     wanted = len({(row["task"], row["config"]) for row in rows})
     found: dict[tuple[int, int], set[tuple[str, str]]] = {}

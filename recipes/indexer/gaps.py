@@ -41,7 +41,7 @@ from topmass.eval.settings import Infeasible
 from topmass.eval.tasks import list_tasks
 from topmass.integrations.transformers.load import describe_device, weights_hash
 from topmass.integrations.transformers.reference import load_reference
-from topmass.results import LoadedRun, Run, load_run, make_manifest
+from topmass.results import LoadedRun, Run, finish_partial, load_run, make_manifest
 from topmass.results.stats import Interval
 from topmass.selection.indexer import named_indexer
 
@@ -187,13 +187,13 @@ class Bench:
             try:
                 for lo, hi in jobs:
                     self._block(work, library, run, lo, hi)
+                run.finish()
+                return True
             except TimeoutError:
                 print(f"{path}: out of time after {len(run.rows)} rows; the same command resumes", flush=True)
-                if not self.args.close:
-                    return False
-                run.manifest["stopped"] = f"out of time after {len(run.rows):,} rows"
-            run.finish()
-        return True
+        if self.args.close:
+            finish_partial(path, stopped=f"out of time after {len(run.rows):,} rows")
+        return self.args.close
 
     def _block(self, work: Work, library: Library, run: Run, lo: int, hi: int) -> None:
         start = time.time()

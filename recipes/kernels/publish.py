@@ -11,7 +11,6 @@ FlashAttention-3 is timed where `flash_attn_interface` or vLLM's `_vllm_fa3_C` c
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 
 from topmass.bench.kernels import Setting, What, bench_kernels
-from topmass.results import Run, make_manifest
+from topmass.results import Run, finish_partial, make_manifest
 from topmass.results.stats import spread
 
 K = 1024
@@ -202,12 +201,8 @@ def names(rows: list[Row]) -> list[str]:
 
 def finish(args: argparse.Namespace) -> int:
     """Complete the run and report it."""
-    partial = args.out.with_name(args.out.name + ".partial")
-    if partial.is_dir():
-        stored = json.loads((partial / "manifest.json").read_text())
-        key = stored.pop("key", None)
-        with Run.open(args.out, stored, key=key, overwrite=True) as run:
-            print(run.finish(), len(run.rows), "rows")
+    if args.out.with_name(args.out.name + ".partial").is_dir():
+        print(args.out, len(finish_partial(args.out).records), "rows")
     report = args.out.with_name(args.out.name + "-report")
     return subprocess.run(
         [sys.executable, "-m", "topmass.cli", "report", str(args.out), "--out", str(report)]

@@ -19,7 +19,7 @@ from typing import Any
 
 from topmass.bench.serve import ServeSetting, bench_serve
 from topmass.bench.serve_models import prepare
-from topmass.results import Run, make_manifest
+from topmass.results import Run, finish_partial, make_manifest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -76,9 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def finish(out: Path) -> None:
     """Make the parts at `out` a run, described as when they were timed."""
-    manifest = json.loads((out.with_name(out.name + ".partial") / "manifest.json").read_text())
-    with Run.open(out, manifest, key=manifest.pop("key")) as run:
-        print(run.finish(), len(run.rows))
+    print(out, len(finish_partial(out).records))
 
 
 def limit(seconds: float) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from topmass.cli import _progress, doctor, main
+from topmass.errors import ConfigError
 from topmass.ops import _dispatch
 from topmass.results import _machine, load_run
 
@@ -89,6 +90,27 @@ def test_audit_of_own_text(cli, model: Path, tmp_path: Path) -> None:
     assert result.code == 0, result.err
     assert "warning: --texts and --seed have no effect with --text" in result.err
     assert {r["q_len"] for r in load_run("run").records} == {100}
+
+
+@pytest.mark.parametrize(
+    ("argv", "remedy"),
+    [
+        (("--kv-blocks", 4), "add 1 to --kv-blocks"),
+        (("--kv-blocks", 4, 16, "--q-blocks", 32, "--share", "kv_head"), "add 1 to --q-blocks, add 1 to --kv-blocks, use --share layer"),
+        (("--kv-blocks", 1, 4), ""),
+        (("--q-blocks", 32, "--kv-blocks", 1, "--grid", "axes"), ""),
+    ],
+)  # fmt: skip
+def test_an_indexer_without_an_oracle_like_it_is_told_of(cli, argv: tuple, remedy: str, monkeypatch) -> None:
+    def stop(*_, **__) -> None:
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr("topmass.cli.eval.load", lambda *_: (None, None, {}))
+    monkeypatch.setattr("topmass.cli.eval._check_indexer", lambda *_: None)
+    monkeypatch.setattr("topmass.cli.eval.write_run", stop)
+    told = cli("eval", "reference", "--indexer", "reference", "--budgets", 128, *argv).err.splitlines()
+    text = f"warning: no oracle selects as the indexer does, so its gaps are not measured; {remedy}"
+    assert told == [*([text] if remedy else []), "topmass: error: far enough."]
 
 
 def test_demo_reports_and_keeps_what_is_complete(cli, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ from types import ModuleType
 
 import pytest
 
+from topmass.results import load_run
+
 SRC = Path(__file__).parents[2] / "src"
 TINY = ["--lengths", "1024", "--budgets", "64", "--q-blocks", "32", "--groups", "1", "--tasks", "majority"]
 TINY += ["--haystacks", "2", "--rounds", "1", "--workers", "1", "--seconds", "100000"]
@@ -38,6 +40,8 @@ def test_measure_and_finish(frontier: ModuleType, monkeypatch: pytest.MonkeyPatc
     assert found["realization_gap"]["low"] <= 0 <= found["realization_gap"]["high"]
     assert status == 0
     assert (tmp_path / "report" / "report.md").is_file()
+    # nothing is measured by `finish`
+    assert all(len(load_run(tmp_path / name).manifest["attempts"]) == 1 for name in frontier.RUNS)
 
 
 def row(haystack: int, prediction: str, score: float) -> dict:

@@ -3,11 +3,11 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from topmass.results import Run, make_manifest
+from topmass.results import Run, load_run, make_manifest
 
 
 @pytest.fixture
@@ -32,6 +32,22 @@ def test_what_is_published_is_listed_once(publish: ModuleType, tmp_path: Path) -
     text = "\n".join(publish.lines(rows))
     assert "x sdpa" in text
     assert "keys_read_mean" in text
+
+
+def test_finishing_is_no_attempt(publish: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    item = next(item for item in publish.plan(small=True, rounds=1) if item.what == "layer" and not item.growths)
+    with Run.open(tmp_path / "run", make_manifest("bench", {}, model="tiny")) as run:
+        publish.time_item(item, run)
+    reported = []
+    monkeypatch.setattr(publish.subprocess, "run", lambda argv: reported.append(argv) or SimpleNamespace(returncode=0))
+    monkeypatch.setattr(sys, "argv", ["publish.py", "finish", "--out", str(tmp_path / "run")])
+
+    assert publish.main() == 0
+
+    found = load_run(tmp_path / "run")
+    assert found.records == run.rows
+    assert found.manifest["attempts"] == run.manifest["attempts"]
+    assert reported[0][-3:] == [str(tmp_path / "run"), "--out", str(tmp_path / "run-report")]
 
 
 def test_what_does_not_fit_is_left_for_the_same_command(

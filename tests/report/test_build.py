@@ -9,12 +9,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 
 from topmass.errors import RunError
 from topmass.report import build, figures
 from topmass.report.aggregate import AuditTable, EvalTable
 from topmass.report.build import ReportPaths
+from topmass.report.content import compose
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,46 @@ def test_first_screen(report: ReportPaths) -> None:
         assert "cores" in first
         assert re.search(r"eval-\d{8}T\d{6}-[0-9a-f]{6}", first)
         assert "not causal" in first
+
+
+def test_what_is_decided_comes_first(eval_rows, setting, make_run) -> None:
+    kinds = [setting("dense", None), *(setting(s, 1024) for s in ("oracle", "streaming", "random"))]
+    # more than any task needs, but too few haystacks to say so
+    rows = [
+        r | ({"score": 1.0} if r["selector"] in ("dense", "oracle") else {}) for r in eval_rows((4096, 8192), 5, kinds)
+    ]
+    mean = {
+        s: np.mean([r["score"] for r in rows if r["selector"] == s and r["length"] == 4096])
+        for s in ("streaming", "random")
+    }
+
+    first, *rest = compose([make_run("eval", rows)], command="").answers
+
+    gain = 100 * (1 - max(mean.values()))
+    assert mean["streaming"] > mean["random"]
+    assert first.startswith(
+        "At 4K tokens: which keys are read decides. With 1,024 keys per query, 993 achieved, 24.2% of the"
+    )
+    assert f"the oracle scores 100.0 %, {gain:.1f} points more (95 % interval" in first
+    assert "than sink and window of that budget, on 4 tasks." in first
+    assert [text[:27] for text in rest] == ["At 4K tokens: not decided. ", "At 8K tokens: not decided. "]
+
+
+def test_a_length_that_is_decided_comes_before_one_that_is_not(eval_rows, setting, make_run) -> None:
+    kinds = [setting("dense", None), setting("oracle", 1024)]
+    few, many = (eval_rows((n,), haystacks, kinds) for n, haystacks in ((4096, 5), (8192, 400)))
+    run = make_run("eval", [r | {"score": 1.0} for r in [*few, *many]])
+    assert [text[:32] for text in compose([run], command="").answers] == [
+        "At 8K tokens: 1,024 keys per que",
+        "At 4K tokens: not decided. With ",
+    ]
+
+
+def test_as_good_without_looking_decides_nothing(eval_rows, setting, make_run) -> None:
+    kinds = [setting("dense", None), *(setting(s, 1024) for s in ("oracle", "streaming"))]
+    run = make_run("eval", [r | {"score": 1.0} for r in eval_rows((4096,), 5, kinds)])
+    (answer,) = compose([run], command="").answers
+    assert answer.startswith("At 4K tokens: not decided.")
 
 
 def test_oracle_table_marks_infeasible_cells(report: ReportPaths) -> None:

@@ -1,6 +1,7 @@
 """The frontier: scores and times of the same configuration meet, and of nothing else; what is recommended can be run."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -246,7 +247,9 @@ def test_shares_against_the_floor(make) -> None:
 
 
 def test_stress_rows_have_no_quality(make, tmp_path: Path) -> None:
-    run = make("ttft", ttft_rows(PLAN), weights_hash=None, model="qwen3-8b", config={"weights": "random"})
+    untrained = Indexer.create({0: IndexerConfig(hidden_size=16, dim=8)}, MODEL).selector(budget=64)
+    plan = PLAN | {untrained: (50.0, None)}
+    run = make("ttft", ttft_rows(plan), weights_hash=None, model="qwen3-8b", config={"weights": "random"})
     frontier = find_frontier([run])
     assert frontier.stress
     assert all(p.change is None for p in frontier.points[4096])
@@ -254,9 +257,13 @@ def test_stress_rows_have_no_quality(make, tmp_path: Path) -> None:
     assert "a stress row: runtime only, no quality" in answers(frontier)[0]
     assert "50% of the attainable saving" not in answers(frontier)[0]
     text = build(run.path, tmp_path / "report").markdown.read_text()
-    assert "Stress rows: random weights" in text
+    assert "Stress rows: random weights and random tokens, so quality was not measured." in text
     assert "qwen3-8b (random weights)" in text
-    assert text.count("not measured: no evaluation was given") == 5
+    # no table of scores that nothing has
+    assert "score change" not in text
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {label(untrained)} |")]
+    assert "untrained: stands in for a trained one's cost" in line
+    assert "diagnostic" not in line
 
 
 def test_report_shows_the_frontier(make, tmp_path: Path) -> None:
@@ -396,6 +403,31 @@ def test_command_writes_toml_and_crossover(make, tmp_path: Path, indexer: Indexe
     assert stored.selector(budget=64, dense_below="auto").dense_below == 1024
     with pytest.raises(ConfigError, match="needs a crossover measured on cpu"):
         indexer.selector(budget=64, dense_below="auto")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--store-crossover", "nosuch"), "nosuch.*indexer"),
+        (("--out", "taken/report"), r"Cannot write to .*taken/report: .*taken is no directory\. Choose another --out"),
+        (("--toml", "taken/a.toml"), r"Cannot write to .*taken is no directory\. Choose another --toml"),
+        (("--toml", "runs"), r"Cannot write runs: it is a directory\. Choose another --toml"),
+        (("--out", "locked/report"), r"Cannot write to .*locked is write-protected\. Choose another --out"),
+    ],
+)
+def test_command_refuses_what_it_cannot_write_before_it_works(
+    make, tmp_path: Path, capsys, monkeypatch, argv: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("mine")
+    (tmp_path / "locked").mkdir()
+    # root may write everywhere
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "locked")
+    make("ttft", ttft_rows(PLAN))
+    assert main(["frontier", "runs/ttft", *argv]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line), line
+    assert not list(tmp_path.glob("**/report.html"))
 
 
 def test_command_writes_no_toml_without_scores(make, tmp_path: Path, capsys, monkeypatch) -> None:

@@ -155,6 +155,23 @@ def test_report_prints_and_plots_them(cells, setting, make_run, tmp_path) -> Non
     assert {p.name for p in paths.figures} >= {"gaps-4096-8192.svg", "gaps-4096.svg", "gaps-8192.svg"}
 
 
+def test_what_differs_in_dense_below_alone_stays_apart(cells, setting, make_run, tmp_path) -> None:
+    plain = rows_of(setting, cells)
+    worse = [(*c[:4], 0.5) for c in cells if c[0] in ("oracle", "indexer")]
+    short = [r | {"dense_below": 1024, "config": f"{r['config']} d1024"} for r in rows_of(setting, worse)]
+    run = make_run("eval", [*plain, *short])
+
+    gaps = find_gaps(EvalTable([run]), LENGTHS)
+
+    lost = {n: points(gaps, "oracle", budget="256", q_block=1, dense_below=n).interval.point for n in (0, 1024)}
+    assert lost[1024] > lost[0] + 0.2
+    paths = build(run.path, tmp_path / "report")
+    rows = [line for line in paths.markdown.read_text().splitlines() if line.startswith("| 256 | per query, tokens")]
+    assert {line.split(" | ")[1] for line in rows} == {"per query, tokens", "per query, tokens, dense below 1024"}
+    (figure,) = [p for p in paths.figures if p.name == "gaps-4096.svg"]
+    assert ">dense below 1024<" in figure.read_text()
+
+
 def test_the_first_screen_ends_with_the_gaps(cells, setting, make_run) -> None:
     run = make_run("eval", rows_of(setting, cells))
     # 256 keys are a sixteenth of 4096; sharing ran at that budget

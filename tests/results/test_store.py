@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 
 from topmass.errors import RunError
-from topmass.results import Run, find_runs, load_run, make_manifest
+from topmass.results import Run, find_runs, finish_partial, load_run, make_manifest
 from topmass.results.schema import SCHEMAS, check_rows, markdown
 
 
@@ -108,6 +108,45 @@ def test_a_change_anywhere_in_the_package_marks_the_commit(tmp_path: Path, monke
     (tmp_path / "topmass" / "ops" / "kernel.py").write_text("a = 2\n")
     assert clean is not None
     assert _machine.git_commit() == clean + "+"
+
+
+def test_a_partial_run_is_completed_as_it_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(tmp_path / "run", 0, 1)
+    measured = json.loads((tmp_path / "run.partial" / "manifest.json").read_text())
+    monkeypatch.setattr("topmass.results._machine.machine", lambda: {"processor": "another"})
+
+    run = finish_partial(tmp_path / "run", keep=lambda rows: [r for r in rows if r["text"] == 1], stopped="early")
+
+    assert {name: run.manifest[name] for name in measured if name != "finished"} == {
+        name: value for name, value in measured.items() if name != "finished"
+    }
+    assert len(run.manifest["attempts"]) == 1
+    assert (run.manifest["rows"], run.manifest["stopped"]) == (2, "early")
+    assert [r["text"] for r in run.records] == [1, 1]
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_partial_run_replaces_the_run_that_it_was_to_overwrite(tmp_path: Path) -> None:
+    complete(tmp_path / "run")
+    interrupt(tmp_path / "run", 0, overwrite=True, value=0.25)
+    assert {r["value"] for r in finish_partial(tmp_path / "run").records} == {0.25}
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("name", ["run", "nothing"])
+def test_only_a_partial_run_can_be_completed(tmp_path: Path, name: str) -> None:
+    complete(tmp_path / "run")
+    with pytest.raises(RunError, match=r"no unfinished run at .*\.partial, so .*; check the path") as error:
+        finish_partial(tmp_path / name)
+    assert_one_line(error)
+
+
+def test_a_run_that_is_being_written_is_not_completed(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "run", manifest()) as run:
+        run.append([row(0)])
+        with pytest.raises(RunError, match="Another process is writing"):
+            finish_partial(tmp_path / "run")
+        run.finish()
 
 
 def test_an_interrupt_says_how_to_resume(tmp_path: Path) -> None:

@@ -295,8 +295,6 @@ def _made(kind: str, budget: str, unit: Granularity, build: Callable[[], Selecto
 
 def _name(selector: Selector | Infeasible, indexers: Sequence[Indexer]) -> str:
     text = label(selector)
-    if below := (0 if isinstance(selector, Infeasible) else selector.config().get("dense_below", 0)):
-        text += f" d{below}"
     # two indexers of one shape need two names
     several = len({i.info.kv_block for i in indexers}) < len(indexers)
     own = {} if isinstance(selector, Infeasible) else selector.config()

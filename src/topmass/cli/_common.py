@@ -13,6 +13,7 @@ from typing import Any, Literal
 from cyclopts import Parameter
 
 from topmass.cli._progress import Callback, progress
+from topmass.errors import RunError
 from topmass.results import Run, load_run, make_manifest, same_run
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "DType",
     "ModelOptions",
     "check_backend",
+    "check_directory",
     "emit",
     "load",
     "print_table",
@@ -105,6 +107,23 @@ def check_backend(name: str) -> None:
     assert sparse_prefill  # its import registers the backends
     if name != "auto":
         _dispatch.known("sparse_prefill", name)
+
+
+def check_directory(path: Path, option: str) -> None:
+    """Refuse a directory that cannot be written or made, before anything is done for it.
+
+    Args:
+        path: The directory.
+        option: What names it on the command line.
+
+    Raises:
+        RunError: Says what is in the way.
+    """
+    path = path.absolute()
+    there = next(p for p in (path, *path.parents) if p.exists())
+    reason = "no directory" if not there.is_dir() else "" if os.access(there, os.W_OK | os.X_OK) else "write-protected"
+    if reason:
+        raise RunError(f"Cannot write to {path}: {there} is {reason}. Choose another {option}.")
 
 
 def load(model: str, dtype: DType, device: str) -> tuple[Any, Any, dict[str, Any]]:

@@ -138,6 +138,8 @@ def run_eval(
     _check_indexer(settings.indexer, model)
     if settings.dense_below and "streaming" in settings.baselines:
         say("warning: --dense-below has no effect on the streaming baseline")
+    if missing := _unlike_oracle(settings):
+        say(f"warning: no oracle selects as the indexer does, so its gaps are not measured; {missing}")
     path = write_run(
         "eval",
         out,
@@ -221,6 +223,26 @@ def _check_indexer(name: str | None, model: Any) -> None:
             check_indexer(named_indexer(name), model)
 
 
+def _unlike_oracle(settings: EvalConfig) -> str:
+    """What to change so that an oracle selects per query as the indexer does; empty if one does, or there is no indexer."""
+    from topmass.eval.settings import columns
+    from topmass.selection.indexer import named_indexer
+
+    if settings.indexer is None:
+        return ""
+    group = named_indexer(settings.indexer).info.kv_block
+    wanted = {"selector": "oracle", "q_block": 1, "kv_block": group, "share": "layer", "pool": "sum"}
+    if any(wanted.items() <= columns(s).items() for s in selectors(settings).values()):
+        return ""
+    given = {
+        "add 1 to --q-blocks": 1 in settings.q_blocks,
+        f"add {group} to --kv-blocks": group in settings.kv_blocks,
+        "use --share layer": settings.share == "layer",
+        "use --pool sum": settings.pool == "sum",
+    }
+    return ", ".join(remedy for remedy, done in given.items() if not done)
+
+
 def _digest(name: str | None) -> str | None:
     from topmass.selection.indexer import named_indexer
 
@@ -294,6 +316,7 @@ def _shown_gap(entry: dict[str, Any]) -> dict[str, str]:
 def _shown(entry: dict[str, Any]) -> dict[str, str]:
     s = entry["setting"]
     blocks = "" if s["selector"] == "dense" else f" b={s['budget']} q{s['q_block']} k{s['kv_block']} {s['share']}"
+    blocks += f" d{s['dense_below']}" if s["dense_below"] else ""
     feasible = entry["status"] == "ok"
     return {
         "length": str(entry["length"]),

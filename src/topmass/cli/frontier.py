@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from topmass.cli._common import emit, print_table, say
+from topmass.cli._common import check_directory, emit, print_table, say
 from topmass.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from topmass.report.frontier import Frontier, Point, Recommendation
     from topmass.results import LoadedRun
+    from topmass.selection.indexer import Indexer
 
 __all__ = ["frontier"]
 
@@ -44,22 +45,39 @@ def frontier(
     from topmass.report.ttft_text import frontier_table
     from topmass.results import find_runs, load_run
 
+    out = out or runs[0] / "frontier"
+    toml = toml or out / "recommended.toml"
     loaded = [load_run(p) for p in dict.fromkeys(p.resolve() for given in runs for p in find_runs(given))]
+    indexer = _check_outputs(out, toml, store_crossover)
     found = find_frontier(loaded)
     chosen = recommend(found, length)
     for n in found.points:
         caption, header, rows = frontier_table(found, n)
         print_table(caption.partition(":")[0], header, [[_brief(text) for text in row] for row in rows])
     say(f"at {chosen.length} tokens: {chosen.text}")
-    out = out or runs[0] / "frontier"
     command = shlex.join(["topmass", "frontier", *map(str, runs), "--out", str(out)])
     paths = build([run.path for run in loaded if run.kind in ("ttft", "eval")], out, command=command)
     say(f"wrote {paths.html} and {paths.markdown}")
-    written = _recommended(chosen, found, loaded, toml or out / "recommended.toml")
-    if store_crossover is not None:
-        _store(store_crossover, chosen, found)
+    written = _recommended(chosen, found, loaded, toml)
+    if store_crossover is not None and indexer is not None:
+        _store(store_crossover, indexer, chosen, found)
     if json:
         emit(_summary(found, chosen) | {"html": str(paths.html), "markdown": str(paths.markdown), "toml": written})
+
+
+def _check_outputs(out: Path, toml: Path, store: Path | None) -> "Indexer | None":
+    """Refuse what could not be written in the end; the indexer that takes the crossover."""
+    check_directory(out, "--out")
+    check_directory(toml.parent, "--toml")
+    if toml.is_dir():
+        raise RunError(f"Cannot write {toml}: it is a directory. Choose another --toml.")
+    if store is None:
+        return None
+    from topmass.selection.indexer import Indexer
+
+    indexer = Indexer.load(store)
+    check_directory(store, "--store-crossover")
+    return indexer
 
 
 def _brief(text: str) -> str:
@@ -91,10 +109,7 @@ def _write(path: Path, text: str) -> None:
         raise RunError(f"Cannot write {path}: {error.strerror}. Choose another --toml.") from error
 
 
-def _store(path: Path, chosen: "Recommendation", found: "Frontier") -> None:
-    from topmass.selection.indexer import Indexer
-
-    indexer = Indexer.load(path)
+def _store(path: Path, indexer: "Indexer", chosen: "Recommendation", found: "Frontier") -> None:
     if chosen.point.setting.selector != "indexer":
         raise ConfigError("The recommended configuration is no indexer's, so there is no crossover to store in one.")
     below = chosen.crossover.dense_below

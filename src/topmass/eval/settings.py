@@ -25,9 +25,13 @@ class Infeasible:
     reason: str
 
 
+def _config(selector: Selector | Infeasible) -> dict[str, Any]:
+    return dict(selector.settings if isinstance(selector, Infeasible) else selector.config())
+
+
 def columns(selector: Selector | Infeasible) -> dict[str, Any]:
     """The setting columns of a record."""
-    config = dict(selector.settings if isinstance(selector, Infeasible) else selector.config())
+    config = _config(selector)
     if isinstance(selector, IndexerSelector) and not selector.indexer.info.training_tokens:
         config["selector"] = "untrained"
     window = config.get("window", 1)
@@ -46,11 +50,18 @@ def columns(selector: Selector | Infeasible) -> dict[str, Any]:
 
 
 def label(selector: Selector | Infeasible) -> str:
-    """A short name such as `oracle b=128 q1 k1 layer`, unique within one evaluation's usual settings."""
+    """A short name such as `oracle b=128 q1 k1 layer`, unique within one evaluation's usual settings.
+
+    Example:
+        >>> label(OracleSelector(budget=128, dense_below=1024))
+        'oracle b=128 q1 k1 layer d1024'
+    """
     c = columns(selector)
     if c["selector"] == "dense":
         return "dense"
     extra = "".join(f" {k}={c[k]}" for k, usual in (("pool", "sum"), ("sink", 0), ("window", 1)) if c[k] != usual)
+    if below := _config(selector).get("dense_below", 0):
+        extra += f" d{below}"
     return f"{c['selector']} b={c['budget']} q{c['q_block']} k{c['kv_block']} {c['share']}{extra}"
 
 

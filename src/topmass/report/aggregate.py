@@ -54,6 +54,19 @@ class Setting:
         """Whether the selection looks at no later query."""
         return self.q_block == 1 or self.selector in {"dense", "streaming", "random"}
 
+    @property
+    def kept_dense(self) -> str:
+        """What a name adds for `dense_below`; empty where that is 0.
+
+        Example:
+            >>> s = Setting(
+            ...     selector="random", budget="64", q_block=1, kv_block=1, share="layer", pool="sum", sink=0, window=1
+            ... )
+            >>> s.kept_dense, replace(s, dense_below=1024).kept_dense
+            ('', ', dense below 1024')
+        """
+        return f", dense below {self.dense_below}" if self.dense_below else ""
+
     def family(self) -> "Setting":
         """The setting without its budget, which for a streaming selector is its sink and window."""
         fixed = replace(self, budget=None)

@@ -179,7 +179,8 @@ def _compose_frontier(runs: Sequence[LoadedRun], command: str) -> Report:
     frontier = find_frontier(runs)
     evals = EvalTable([run for run in runs if run.kind == "eval"])
     items: list[Figure | Table] = []
-    for n in reversed(frontier.points):
+    # random weights have no scores to stand beside times
+    for n in () if frontier.stress else reversed(frontier.points):
         caption = (
             f"Score minus dense's, paired, against time at {tokens(n)} tokens; bars are 95 % intervals. The line is the frontier; "
             "hollow marks see the model's own attention, or nothing, and are not for serving."
@@ -223,12 +224,53 @@ def _lead(sections: list[Section]) -> tuple[Figure | None, list[Section]]:
 
 
 def _eval_answers(table: EvalTable) -> list[str]:
-    return [_eval_answer(table, n) for n in table.compared]
+    """A sentence a length, the decided ones first; where none is, what the same samples do decide leads."""
+    unsure = [n for n in table.compared if _undecided(table, n)]
+    sure = [n for n in table.compared if n not in unsure]
+    lead = [] if sure else [text for n in unsure if (text := _choice_answer(table, n))][:1]
+    return [*lead, *(_eval_answer(table, n) for n in (*sure, *unsure))]
+
+
+def _tried(table: EvalTable, length: int) -> list[Cell]:
+    """Per-query oracles beside dense attention, by achieved keys."""
+    return [c for c in table.cells(lambda s: table.oracle(s) and s.per_query) if c.length == length and c.loss]
+
+
+def _undecided(table: EvalTable, length: int) -> Cell | None:
+    """The smallest budget that may be enough, where none is beyond doubt: samples are missing, not keys."""
+    if table.answer(length):
+        return None
+    return next((c for c in _tried(table, length) if c.loss and c.loss.point <= ENOUGH_POINT), None)
+
+
+_BLIND = {"streaming": "sink and window", "random": "random keys"}
+
+
+def _choice_answer(table: EvalTable, length: int) -> str:
+    """How much more a selection scores than as many keys kept unseen; empty where that is open as well."""
+    close = _undecided(table, length)
+    assert close is not None
+    served = [table.cell(length, replace(close.setting, selector=kind)) for kind in ("indexer", "oracle")]
+    same = [s for s in table.settings if s.selector in _BLIND and s.budget == close.setting.budget]
+    blind = [c for s in same if (c := table.cell(length, s)) and c.score]
+    ours = next(c for c in served if c and c.score)
+    if not blind or ours.score is None:
+        return ""
+    theirs = max(blind, key=lambda c: c.score.point if c.score else 0.0)
+    gain = table.contrast({length: {ours.setting: 1.0, theirs.setting: -1.0}})
+    if gain is None or gain.low <= 0:
+        return ""
+    return (
+        f"At {tokens(length)} tokens: which keys are read decides. With {_budget(ours.setting)} per query, {_share(ours)}, the "
+        f"{ours.setting.selector} scores {_points(ours.score.point)} %, {_points(gain.point)} points more (95 % interval "
+        f"{_points(gain.low)} to {_points(gain.high)}) than {_BLIND[theirs.setting.selector]} of that budget, on "
+        f"{_tasks(table, length)}."
+    )
 
 
 def _eval_answer(table: EvalTable, length: int) -> str:
     tasks = len(table.tasks_at(length))
-    tried = [c for c in table.cells(lambda s: table.oracle(s) and s.per_query) if c.length == length and c.loss]
+    tried = _tried(table, length)
     if not tried:
         return f"At {tokens(length)} tokens: no per-query oracle was run beside dense attention."
     cell = table.answer(length)
@@ -245,7 +287,7 @@ def _eval_answer(table: EvalTable, length: int) -> str:
 
 def _unanswered(table: EvalTable, length: int, tried: Sequence[Cell]) -> str:
     """No budget is as good as dense beyond doubt: for want of budget, or of samples?"""
-    close = next((c for c in tried if c.loss and c.loss.point <= ENOUGH_POINT), None)
+    close = _undecided(table, length)
     if close is None:
         most = max(tried, key=lambda c: c.keys)
         return (
@@ -303,7 +345,8 @@ def _gap_answer(table: EvalTable, length: int) -> str:
     lost = [("the budget", found.get((chosen, "oracle"))), ("the indexer", found[chosen, "indexer"])]
     lost += [(f"sharing by {s.q_block}", found[s, "sharing"]) for s in shared]
     parts = [f"{_points(i.point)} to {what} ({_points(i.low)} to {_points(i.high)})" for what, i in lost if i]
-    return f"At {tokens(length)} tokens and {_budget(chosen)} per query, points lost with 95 % intervals: {', '.join(parts)}."
+    where = f"At {tokens(length)} tokens and {_budget(chosen)} per query{chosen.kept_dense}"
+    return f"{where}, points lost with 95 % intervals: {', '.join(parts)}."
 
 
 def _shares(table: EvalTable, length: int, shared: Setting, alone: Setting) -> bool:
@@ -480,7 +523,7 @@ def _gaps_table(table: EvalTable, gaps: Sequence[Gap], lengths: Sequence[int], w
         rows.append(
             [
                 budget_name(served.budget),
-                _granularity(served.granularity),
+                _granularity(served.granularity) + served.kept_dense,
                 *(_gap(mine.get(name)) for name in ("oracle", "indexer", "sharing", "realization", "total")),
                 f"{sum(known) / len(known):.3f}" if known else "",
             ]
@@ -526,7 +569,7 @@ def _gaps_by_task(table: EvalTable, gaps: Sequence[Gap], lengths: Sequence[int],
 
 def _served_name(s: Setting) -> str:
     groups = f" in groups of {s.kv_block}" if s.kv_block > 1 else ""
-    return f"{budget_name(s.budget)} keys{groups}"
+    return f"{budget_name(s.budget)} keys{groups}{s.kept_dense}"
 
 
 def _settings_section(table: EvalTable) -> Section:
@@ -553,7 +596,7 @@ def _setting(s: Setting) -> list[str]:
     return [
         label_of(s.selector),
         budget_name(s.budget),
-        _granularity(s.granularity) + note,
+        _granularity(s.granularity) + s.kept_dense + note,
         s.share,
         str(s.sink),
         str(s.window),
@@ -696,7 +739,7 @@ def _notes(evals: EvalTable, audits: AuditTable, runs: Sequence[LoadedRun]) -> l
 
 
 def _variant(s: Setting) -> str:
-    return f"share={s.share}, pool={s.pool}, sink={s.sink}, window={s.window}, decode={s.decode}"
+    return f"share={s.share}, pool={s.pool}, sink={s.sink}, window={s.window}, decode={s.decode}{s.kept_dense}"
 
 
 def _environments(run: LoadedRun) -> int:

@@ -22,6 +22,8 @@ NAMES = {
     "fa3": "FlashAttention-3",
     "sdpa": "SDPA on CPU",
 }
+# what is timed and cannot be served
+_WHAT = {"oracle": "diagnostic", "untrained": "untrained: stands in for a trained one's cost"}
 
 _Table = tuple[str, list[str], list[list[str]]]
 
@@ -103,7 +105,7 @@ def frontier_table(frontier: Frontier, length: int) -> _Table:
 
 def _point_line(p: Point) -> list[str]:
     marks = ["frontier"] * p.best + ["frontier by layer time"] * (p.best_layer and not p.best)
-    marks += ["diagnostic"] * p.diagnostic + ["not causal"] * (not p.setting.causal)
+    marks += [_WHAT.get(p.setting.selector, "diagnostic")] * p.diagnostic + ["not causal"] * (not p.setting.causal)
     marks += [p.reason] * bool(p.reason and p.change)
     name = f"**{p.name}**" if p.best else p.name
     return [
@@ -199,7 +201,7 @@ def _note(case: TtftCase, name: str) -> str:
         return "attention replaced by a copy of the values"
     notes = [f"{keys:,.0f} keys/query"] if (keys := case.value(name, "keys_read_mean")) is not None else []
     kind = case.setting(name)
-    notes += ["diagnostic"] * (kind.selector == "oracle") + ["not causal"] * (not kind.causal)
+    notes += [_WHAT.get(kind.selector, "")] * (kind.selector in _WHAT) + ["not causal"] * (not kind.causal)
     notes += ["all within the budget: dense"] * (
         case.first(name)["role"] == "sparse" and case.first(name)["backend"] == "dense"
     )
@@ -219,9 +221,7 @@ def notes(frontier: Frontier, runs: Sequence[LoadedRun]) -> list[str]:
     """What limits the numbers."""
     found = [CLOCK]
     if frontier.stress:
-        found.insert(
-            0, "Stress rows: random weights and random tokens. Quality is not measured and means nothing here."
-        )
+        found.insert(0, "Stress rows: random weights and random tokens, so quality was not measured.")
     if frontier.device.startswith("cpu"):
         found.insert(0, "Timed on a CPU: it shows that the command works, and says nothing of any kernel.")
     if any(not p.dense and p.change for points in frontier.points.values() for p in points):

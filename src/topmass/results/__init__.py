@@ -2,7 +2,16 @@
 
 from topmass.results._machine import machine as machine_facts
 from topmass.results.schema import SCHEMA_VERSION, SCHEMAS
-from topmass.results.store import LoadedRun, Run, check_free, find_runs, load_run, make_manifest, same_run
+from topmass.results.store import (
+    LoadedRun,
+    Run,
+    check_free,
+    find_runs,
+    finish_partial,
+    load_run,
+    make_manifest,
+    same_run,
+)
 
 __all__ = [
     "SCHEMAS",
@@ -11,6 +20,7 @@ __all__ = [
     "Run",
     "check_free",
     "find_runs",
+    "finish_partial",
     "load_run",
     "machine_facts",
     "make_manifest",

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import FileIO
@@ -17,7 +17,16 @@ from topmass.errors import RunError
 from topmass.results import _machine
 from topmass.results.schema import SCHEMA_VERSION, SCHEMAS, Schema, check_rows, schema_of
 
-__all__ = ["LoadedRun", "Run", "check_free", "find_runs", "load_run", "make_manifest", "same_run"]
+__all__ = [
+    "LoadedRun",
+    "Run",
+    "check_free",
+    "find_runs",
+    "finish_partial",
+    "load_run",
+    "make_manifest",
+    "same_run",
+]
 
 MANIFEST, RECORDS, JOURNAL = "manifest.json", "records.parquet", "journal.jsonl"
 
@@ -231,6 +240,49 @@ class Run:
         return self.path
 
 
+def finish_partial(
+    path: str | Path, *, keep: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None = None, **notes: Any
+) -> LoadedRun:
+    """Complete the unfinished run of `path` with the rows it has, and load it.
+
+    Its manifest stays as it was measured: no attempt is logged, because nothing is measured here. A complete run at
+    `path` is replaced; it can only lie there if the unfinished one was started to overwrite it.
+
+    Args:
+        path: The directory that the complete run will have; what there is of it lies in `path` with `.partial` appended.
+        keep: Takes the rows and returns those to keep; `None` keeps all.
+        notes: What else the manifest is to say.
+
+    Raises:
+        RunError: There is no unfinished run, another process is writing it, or it cannot be read or written.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "audit"
+        >>> row = {c.name: {"str": "a", "int": 1, "float": 0.5}[c.kind] for c in schema_of("audit").columns}
+        >>> with Run.open(path, make_manifest("audit", {}, model="tiny")) as run:
+        ...     run.append([row])
+        >>> run = finish_partial(path, stopped="out of time")
+        >>> len(run.records), len(run.manifest["attempts"]), run.manifest["stopped"]
+        (1, 1, 'out of time')
+    """
+    path = Path(path).absolute()
+    partial = _partial(path)
+    with _writing(path):
+        _restore(path)
+    if not (partial / JOURNAL).is_file():
+        raise RunError(f"There is no unfinished run at {partial}, so nothing can be completed; check the path.")
+    check_free(path, overwrite=True)
+    with _writing(partial):
+        journal = (partial / JOURNAL).open("a+b", buffering=0)
+    with journal:
+        _lock(journal, partial)
+        manifest = _read_manifest(partial)
+        rows = _rows(manifest["kind"], _read_journal(journal, partial))
+        run = Run(path, manifest | notes, journal, keep(rows) if keep else rows)
+        return load_run(run.finish())
+
+
 def load_run(path: str | Path) -> LoadedRun:
     """Read a complete run.
 
@@ -403,9 +455,13 @@ def _merge(
             f"{partial} was started with {difference}; use the same settings to resume it, another output directory, "
             "or discard it (--overwrite)."
         )
-    names = [c.name for c in schema_of(stored["kind"]).columns]
-    rows = [dict(zip(names, row, strict=True)) for batch in batches for row in batch]
+    rows = _rows(stored["kind"], batches)
     return manifest | {name: stored[name] for name in ("run_id", "started", "attempts")}, rows
+
+
+def _rows(kind: str, batches: list[list[list[Any]]]) -> list[dict[str, Any]]:
+    names = [c.name for c in schema_of(kind).columns]
+    return [dict(zip(names, row, strict=True)) for batch in batches for row in batch]
 
 
 def _difference(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
