@@ -1,8 +1,11 @@
 """What the recipes of this folder share: engines in this process, the reference checkpoint's prompts, and results as they come."""
 
+import contextlib
 import gc
+import importlib
 import json
 import os
+import pkgutil
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +16,10 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# else Inductor moves it to a folder of each engine's own, and every engine compiles vLLM's kernels again
+os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
+# else what Inductor compiled is kept by all settings of an engine, and shared by none
+os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
 
 import topmass
 from topmass.eval.tasks import make_samples
@@ -23,7 +30,9 @@ REFERENCE, INDEXER = ROOT / "reference", ROOT / "reference_indexer"
 KV_BYTES = 2 * 2**30
 TASKS = ("niah_single", "niah_uuid", "niah_multiquery", "variable_tracking", "niah_distractor")
 # few shapes to capture: the point is that graphs run, not every batch size
-GRAPHS = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]}
+GRAPHS: dict[str, Any] = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]}
+# the same graphs over the operators as they are: Inductor compiles anew for every setting of an engine, on one thread
+GRAPHS_ONLY: dict[str, Any] = {**GRAPHS, "backend": "eager"}
 
 
 class Clock:
@@ -69,6 +78,25 @@ def on_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def fix_tuning() -> None:
+    """Take the first configuration of each of vLLM's gated delta kernels.
+
+    Trying all of them compiles some 90 kernels, two minutes of an engine's start; and another choice rounds otherwise.
+    """
+    from triton.runtime import Autotuner
+
+    for place in ("vllm.third_party.flash_linear_attention.ops", "vllm.model_executor.layers.fla.ops"):
+        with contextlib.suppress(ModuleNotFoundError):
+            package = importlib.import_module(place)
+            for found in pkgutil.iter_modules(package.__path__, f"{place}."):
+                for kernel in vars(importlib.import_module(found.name)).values():
+                    # heuristics are around it
+                    while kernel is not None and not isinstance(kernel, Autotuner):
+                        kernel = vars(kernel).get("fn") if type(kernel).__module__.startswith("triton.") else None
+                    if kernel is not None:
+                        kernel.configs = kernel.configs[:1]
+
+
 def engine(settings: dict[str, Any] | None, **options: Any) -> Any:
     """An engine of the reference checkpoint: with an indexer if there are settings, else vLLM's own."""
     from vllm import LLM
@@ -92,8 +120,12 @@ def engine(settings: dict[str, Any] | None, **options: Any) -> Any:
         "max_num_seqs": 16,
         "seed": 0,
     }
-    if on_gpu() and not options.get("enforce_eager"):
-        base["compilation_config"] = GRAPHS
+    if on_gpu():
+        fix_tuning()
+        # as transformers keeps it, whatever a version makes of a configuration that does not say
+        base["mamba_ssm_cache_dtype"] = "float32"
+        if not options.get("enforce_eager"):
+            base["compilation_config"] = dict(GRAPHS)
     return LLM(additional_config=extra, **{**base, **options})
 
 
@@ -105,6 +137,8 @@ def close(llm: Any) -> None:
     if on_gpu():
         import torch
 
+        # a function of vLLM's is compiled for each engine's layers, and Dynamo counts how often
+        torch._dynamo.reset()
         torch.cuda.empty_cache()
 
 

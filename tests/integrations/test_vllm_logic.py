@@ -236,7 +236,7 @@ def test_receipts_count_by_layer_with_reasons(tmp_path):
     receipts = Receipts(rules, path=str(path), say=lines.append, log_every=1e-9)
     receipts.add(Batch.plan(Step(requests=["a"], prompt_lens=[20]), [0, 12], [12]))
     receipts.add(Batch.plan(Step(requests=["b", "a"], prompt_lens=[5, 20]), [0, 5, 15], [5, 22]))
-    receipts.ran("triton")
+    receipts.ran("triton", {"index_topk": "triton"})
     assert receipts.finish(["nobody"]) == []
     (receipt,) = receipts.finish(["a"])
     assert receipt.generated == 2
@@ -248,7 +248,7 @@ def test_receipts_count_by_layer_with_reasons(tmp_path):
     assert json.loads(path.read_text())["layers"]["0"]["sparse"] == 12
     assert "30.0 % of its queries sparse" in str(receipt)
     assert lines[-1].startswith("topmass: 1 requests finished; ")
-    assert lines[-1].endswith("sparse kernels: triton x 1")
+    assert lines[-1].endswith("sparse kernels: triton x 1; selected by index_topk=triton x 1")
     receipts.close()
     assert [json.loads(line)["request"] for line in path.read_text().splitlines()] == ["a", "b"]
     assert receipts.summary()["layers"][0]["dense"] == {"within the budget": 13}
@@ -336,6 +336,7 @@ def test_chunks_over_scattered_pages_equal_one_call_over_all(tmp_path, settings,
     out = torch.cat([layer.attend(lo, min(lo + chunk, 61)) for lo in range(0, 61, chunk)])
     torch.testing.assert_close(out, layer.expected(), rtol=2e-6, atol=2e-6)
     assert sum(service.receipts.backends.values()) >= -(-61 // chunk)
+    assert service.receipts.selection["index_topk=reference"] == sum(service.receipts.backends.values())
 
 
 def test_long_chunks_are_cut_to_fit_the_workspace(saved, monkeypatch):
@@ -419,7 +420,7 @@ def test_a_frontier_s_file_that_cannot_be_served_is_refused(saved, tmp_path, cha
 def test_counters_are_those_of_the_receipts():
     receipts = Receipts({0: SupportRule(budget=Budget(tokens=4)), 2: None})
     receipts.add(Batch.plan(Step(requests=["a"], prompt_lens=[10]), [0, 12], [12]))
-    receipts.ran("reference")
+    receipts.ran("reference", {"index_topk": "reference"})
     found = {(name, labels): value for name, labels, value in samples(receipts) if value}
     assert found == {
         ("topmass:generated_queries", ()): 2,
@@ -429,6 +430,7 @@ def test_counters_are_those_of_the_receipts():
         ("topmass:dense_queries", (("layer", "0"), ("reason", "within the budget"))): 4,
         ("topmass:dense_queries", (("layer", "2"), ("reason", KEPT_DENSE))): 10,
         ("topmass:kernel_calls", (("backend", "reference"),)): 1,
+        ("topmass:selection_calls", (("backend", "reference"), ("op", "index_topk"))): 1,
     }
     assert {name for name, _, _ in samples(receipts)} <= set(HELP)
 

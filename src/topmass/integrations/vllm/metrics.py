@@ -30,6 +30,7 @@ HELP = {
     "topmass:dense_queries": "Queries of prompts that read every key, by layer and reason.",
     "topmass:keys_read": "Keys that sparse queries, and dense ones of prompts, read, by layer; at most so many with a mass budget.",
     "topmass:kernel_calls": "Calls of sparse kernels, by backend.",
+    "topmass:selection_calls": "Calls that chose keys, by op and backend.",
 }
 """What each counter means; Prometheus adds `_total` to a name."""
 
@@ -55,6 +56,9 @@ def samples(receipts: Receipts) -> Iterator[tuple[str, Labels, int]]:
             yield "topmass:dense_queries", (*where, ("reason", reason)), queries
     for backend, calls in receipts.backends.items():
         yield "topmass:kernel_calls", (("backend", backend),), calls
+    for chosen, calls in receipts.selection.items():
+        op, backend = chosen.split("=")
+        yield "topmass:selection_calls", (("backend", backend), ("op", op)), calls
 
 
 class Counters:

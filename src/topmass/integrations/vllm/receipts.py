@@ -75,6 +75,10 @@ class RequestReceipt:
 class Receipts:
     """Counts every batch, and hands out a receipt when a request has finished.
 
+    Attributes:
+        backends: Kernel backends of the sparse attention, with the number of calls.
+        selection: What chose the keys, `op=backend`, with the number of calls.
+
     Args:
         rules: Support rule by layer index; `None` for a layer that stays dense.
         path: File that receipts are appended to. `None` writes none.
@@ -95,6 +99,7 @@ class Receipts:
     ) -> None:
         self.rules = dict(rules)
         self.backends: dict[str, int] = {}
+        self.selection: dict[str, int] = {}
         self.total = RequestReceipt(request="total", layers={i: LayerCount() for i in self.rules})
         self.requests = 0
         self._open: dict[str, RequestReceipt] = {}
@@ -122,9 +127,11 @@ class Receipts:
                 one.layers.setdefault(layer, LayerCount()).add(rule, part)
                 self.total.layers[layer].add(rule, part)
 
-    def ran(self, backend: str) -> None:
-        """Count one call of a kernel backend."""
+    def ran(self, backend: str, selection: Mapping[str, str] | None = None) -> None:
+        """Count one call of a kernel backend, and what chose its keys: the backend by op."""
         self.backends[backend] = self.backends.get(backend, 0) + 1
+        for op, name in (selection or {}).items():
+            self.selection[f"{op}={name}"] = self.selection.get(f"{op}={name}", 0) + 1
 
     def finish(self, requests: Iterable[str]) -> list[RequestReceipt]:
         """Receipts of requests that ended, written to the file and logged."""
@@ -142,13 +149,18 @@ class Receipts:
 
     def summary(self) -> dict[str, Any]:
         """The totals, as JSON values."""
-        return {"requests": self.requests, "backends": self.backends, **asdict(self.total)}
+        return {"requests": self.requests, "backends": self.backends, "selection": self.selection, **asdict(self.total)}
 
     def _log(self) -> None:
         now = time.monotonic()
         if self._say is None or not self._every or now - self._said < self._every:
             return
         self._said = now
-        kernels = ", ".join(f"{name} x {calls}" for name, calls in sorted(self.backends.items())) or "none"
+        kernels, chosen = (
+            ", ".join(f"{name} x {calls}" for name, calls in sorted(table.items())) or "none"
+            for table in (self.backends, self.selection)
+        )
         line = str(self.total).removeprefix("request total: ")
-        self._say(f"topmass: {self.requests} requests finished; {line}; sparse kernels: {kernels}")
+        self._say(
+            f"topmass: {self.requests} requests finished; {line}; sparse kernels: {kernels}; selected by {chosen}"
+        )

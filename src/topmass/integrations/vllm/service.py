@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from topmass.core.granularity import split_queries
 from topmass.errors import ConfigError
 from topmass.integrations.vllm.batch import Batch, Part, Step, first_sparse
 from topmass.integrations.vllm.metrics import Counters
@@ -81,28 +82,28 @@ class LayerServer:
         keys, values = layout.keys(cache), layout.values(cache)
         step = rows_that_fit(q[None], part.stop, heads=1 if q.is_cuda else None)
         out = torch.empty_like(q)
-        for lo in range(0, q.shape[0], step):
-            hi = min(lo + step, q.shape[0])
+        for lo, hi in split_queries(part.start, q.shape[0], step):
             stop = part.start + hi
-            support = index_topk(
-                iq[None, lo:hi],
-                ik[:, : stop // config.kv_block],
-                budget=self._budget,
-                granularity=self.rule.granularity,
-                sink=self.rule.sink,
-                window=self.rule.window,
-                dense_below=self.rule.dense_below,
-                q_start=part.start + lo,
-                reduce=config.reduce,
-                score_dtype=getattr(torch, config.score_dtype),
-                backend=_dispatch.known_or_auto("index_topk", self._backend),
-            )
+            with _dispatch.record() as selection:
+                support = index_topk(
+                    iq[None, lo:hi],
+                    ik[:, : stop // config.kv_block],
+                    budget=self._budget,
+                    granularity=self.rule.granularity,
+                    sink=self.rule.sink,
+                    window=self.rule.window,
+                    dense_below=self.rule.dense_below,
+                    q_start=part.start + lo,
+                    reduce=config.reduce,
+                    score_dtype=getattr(torch, config.score_dtype),
+                    backend=_dispatch.known_or_auto("index_topk", self._backend),
+                )
             table = pages[None, : layout.pages_of(cache, stop)]
             settings = {**arithmetic.settings(), "page_table": table}
             # a typical call names the backend that all calls of this shape get
             backend = resolve_backend(self._backend, q[None, lo:hi], keys, values, support, **settings)
             out[lo:hi] = sparse_prefill(q[None, lo:hi], keys, values, support, **settings, backend=backend.name)[0][0]
-            self._receipts.ran(backend.name)
+            self._receipts.ran(backend.name, selection)
         return out
 
     @property
@@ -176,7 +177,7 @@ class Service:
                     "indexers that read hidden states: distil one with features = 'hidden'."
                 )
         if reason := info.fingerprint.doubt(model):
-            self._tell(
+            self.tell(
                 f"topmass: the model is not the one that the indexer was trained on ({reason}); check the recall."
             )
 
@@ -194,7 +195,8 @@ class Service:
         if self.counters is not None:
             self.counters.write(self.receipts)
 
-    def _tell(self, line: str) -> None:
+    def tell(self, line: str) -> None:
+        """Say a line in the log."""
         if self._say is not None:
             self._say(line)
 

@@ -3,8 +3,8 @@
 | what | 0.26, 0.27 | 0.28 and newer |
 |---|---|---|
 | width of a page's rows | `AttentionBackend.get_kv_cache_shape` | `FullAttentionSpec.head_size_v` alone |
-| text-only Qwen3.5 | not in the registry, no `IsHybrid` | in the registry |
-| model runner | V1 (`input_batch`), V2 for a few models | V2 (`req_states`) from 0.30 |
+| text-only Qwen3.5 | not in the registry, no `IsHybrid`, its configuration not prepared | in the registry |
+| model runner | V1 (`input_batch`) for hybrids, V2 (`req_states`) for dense models | V2 from 0.30 |
 | keeping a batch out of full graphs | V1: yes; V2: no, so none are used | yes |
 
 No version tells an attention backend how long a request's prompt is, or which request a row belongs to; both runners know it,
@@ -51,7 +51,7 @@ FLOOR = "topmass_floor"
 """Key of `--additional-config` that replaces the attention of prompts by a copy of the values: a bound for benchmarks."""
 
 _HELD = "_topmass_service"
-_RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
+_V1, _V2 = "vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner"
 
 
 def register() -> None:
@@ -65,10 +65,30 @@ def register() -> None:
     register_backend(AttentionBackendEnum.CUSTOM, path)
     for architecture, model in MODELS.items():
         ModelRegistry.register_model(architecture, model)
+    _prepare_text_only()
     platform = type(current_platform)
     _wrap(platform, "check_and_update_config", _check_after)
     if cpu:
         _wrap(platform, "get_attn_backend_cls", functools.partial(_let_choose, AttentionBackendEnum.CUSTOM))
+
+
+def _prepare_text_only() -> None:
+    """Have a text-only Qwen3.5's configuration prepared: the state's dtype as the model says, positions of one dimension."""
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    whole: Any = MODELS_CONFIG_MAP.get("Qwen3_5ForConditionalGeneration")
+    if whole is None or "Qwen3_5ForCausalLM" in MODELS_CONFIG_MAP:
+        return
+
+    class TextOnly(whole):
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            whole.verify_and_update_config(vllm_config)
+            rope = getattr(vllm_config.model_config.hf_text_config, "rope_parameters", None) or {}
+            for name in ("mrope_section", "mrope_interleaved"):
+                rope.pop(name, None)
+
+    MODELS_CONFIG_MAP["Qwen3_5ForCausalLM"] = TextOnly
 
 
 def open_engine(vllm_config: Any) -> Service | None:
@@ -178,8 +198,15 @@ def hold(backend: Any, layout: PageLayout, vllm_config: Any, service: Service) -
     backend.index_columns = layout.columns
     # the graph that is compiled depends on the indexer's shape, which its directory's name does not tell
     vllm_config.additional_config["topmass_indexer"] = service.indexer.digest
-    answers = [_ask(sys.modules[name].GPUModelRunner) for name in _RUNNERS if name in sys.modules]
-    service.guarded = all(answers)
+    guarded = {name: _ask(sys.modules[name].GPUModelRunner) for name in (_V1, _V2) if name in sys.modules}
+    # the one of an engine before this one may be loaded, too
+    own = _V2 if getattr(vllm_config, "use_v2_model_runner", False) else _V1
+    service.guarded = guarded.get(own, all(guarded.values()))
+    if not service.guarded:
+        service.tell(
+            "topmass: this version's model runner cannot keep a batch out of the CUDA graphs of decoding, so there will be "
+            "no full ones; VLLM_USE_V2_MODEL_RUNNER=0 takes the other runner, which can."
+        )
     if _speaks(vllm_config):
         names = vllm_config.model_config.served_model_name
         engine = getattr(vllm_config.parallel_config, "data_parallel_index", 0)
