@@ -34,7 +34,7 @@ class LayerReceipt:
 
     Attributes:
         layer: Layer index.
-        backends: Kernel backends of the attention that ran, with the number of calls.
+        backends: Kernel backends of the attention that ran, with the number of calls; `dense` is the model's own, or PyTorch's.
         selection: What chose the keys, `op=backend`, with the number of calls; a selector without ops leaves it empty.
         sparse_queries: Queries that read a support.
         dense_queries: Prompt queries that read every key, by reason.
@@ -325,7 +325,8 @@ def sparsify(
     """Run the full-attention layers of `model` over the keys that `selector` chooses.
 
     Works on any supported transformers causal language model, also through `generate` and in any chunking of the
-    prompt. Linear and sliding-window layers are left alone. The model is restored when the block ends, also after an
+    prompt. Linear and sliding-window layers are left alone, and so is a forward whose queries all read every key: a short
+    prompt, or a generated token. The model is restored when the block ends, also after an
     exception. An indexer has to see every position: with an `IndexerSelector`, the cache has to begin inside the block.
 
     Args:
