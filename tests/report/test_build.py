@@ -16,7 +16,7 @@ from topmass.errors import RunError
 from topmass.report import build, figures
 from topmass.report.aggregate import AuditTable, EvalTable
 from topmass.report.build import ReportPaths
-from topmass.report.content import compose
+from topmass.report.compose import compose
 
 
 @pytest.fixture(scope="module")

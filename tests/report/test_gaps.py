@@ -8,7 +8,7 @@ import pytest
 
 from topmass.report import build
 from topmass.report.aggregate import EvalTable
-from topmass.report.content import compose
+from topmass.report.compose import compose
 from topmass.report.gaps import find_gaps
 
 LENGTHS, TASKS = (4096, 8192), ("one", "two")

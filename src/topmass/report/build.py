@@ -9,7 +9,8 @@ import jinja2
 from markupsafe import Markup, escape
 
 from topmass.errors import RunError
-from topmass.report.content import Figure, Report, compose
+from topmass.report.compose import compose
+from topmass.report.content import Figure, Report
 from topmass.results import LoadedRun, find_runs, load_run
 
 __all__ = ["ReportPaths", "build"]
