@@ -25,6 +25,8 @@ from topmass.integrations.transformers.index_keys import CACHE_LAYERS, IndexKeys
 __all__ = ["Attend", "LayerCall", "Session"]
 
 NAME = "topmass"
+# where transformers' configurations keep the name of their attention
+_NAMED = "_attn_implementation_internal"
 
 # whether a forward may run the model's own attention: batch, first position, length
 Leave = Callable[[int, int, int], bool]
@@ -114,7 +116,8 @@ class Session:
         self._configs: list[Any] = list({id(m.config): m.config for m in self.layers.values()}.values())
         self._original: list[str] = []
         self._capture, self._index, self._leave = capture or index is not None, index, leave
-        self._left = False
+        # the forward that runs is left to the model's own attention; and is of one generated token, so that there is a cache
+        self._left = self._one_token = False
         # the cache that was checked last, and how many layers it had
         self._checked: tuple[Any, int] = None, 0
         self._received: dict[int, LayerInputs] = {}
@@ -210,8 +213,9 @@ class Session:
         # a wrapper that made the mask made it for this session
         if not (mask is None or (isinstance(mask, Tensor) and mask.shape == (batch, start + length))):
             return False
+        self._one_token = length == 1 and start > 0
         # padding moves positions; a generated token is never padding
-        if not (length == 1 and start) and mask is not None and not bool(mask.all()):
+        if not self._one_token and mask is not None and not bool(mask.all()):
             return False
         return self._leave(batch, start, length)
 
@@ -223,7 +227,11 @@ class Session:
 
     def _name(self, names: Iterable[str]) -> None:
         for config, name in zip(self._configs, names, strict=True):
-            config._attn_implementation = name
+            # the property checks and passes on to sub-configurations, which costs more than all else of a forward that is left
+            if _NAMED in config.__dict__:
+                config.__dict__[_NAMED] = name
+            else:
+                config._attn_implementation = name
 
     def _write_left(self) -> None:
         """Index keys of the layer before, whose cache the forward has reached by now."""
@@ -237,6 +245,10 @@ class Session:
         layer = self._layer_of[id(module)]
         cos, sin = self._rope_tables(layer, module, kwargs.get("position_embeddings"))
         if self._left:
+            if self._one_token and self._index is not None:
+                waits = self._index.wait(kwargs["past_key_values"].layers[layer], kwargs["hidden_states"], cos, sin)
+                if waits:
+                    return
             self._write_left()
         self._received[layer] = LayerInputs(
             hidden=kwargs["hidden_states"],

@@ -114,7 +114,7 @@ def check_indexer(indexer: Indexer, model: nn.Module) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class LayerInputs:
     """What a full-attention module was called with, for the positions of its queries.
 
@@ -344,6 +344,28 @@ class IndexKeys:
         # a copy, as it may wait while the cache goes on
         return index_features("qk", inputs, q, k[:, k.shape[1] - q.shape[1] :].detach())[1].clone()
 
+    def wait(
+        self,
+        held: Any,
+        features: Float[Tensor, "batch 1 k_width"],
+        cos: Float[Tensor, "#batch 1 rotary"] | None,
+        sin: Float[Tensor, "#batch 1 rotary"] | None,
+    ) -> bool:
+        """Let a generated position wait at its layer's cache; false if its key has to be written.
+
+        Args:
+            held: The layer of the cache. One without index keys has no indexer, and nothing to write.
+            features: What `key_features` gives for the position.
+            cos: The model's RoPE there, as in `LayerInputs`.
+            sin: Likewise.
+        """
+        if getattr(held, "index_rows", None) is None:
+            return True
+        if not self._defer or len(held.index_waiting) >= MOST_WAITING:
+            return False
+        held.index_waiting = (*held.index_waiting, Waiting(features.detach(), cos, sin))
+        return True
+
     def extend(
         self, layer: int, inputs: LayerInputs, features: Float[Tensor, "batch q_len k_width"], kv_len: int = 0
     ) -> KeyRows | None:
@@ -368,8 +390,7 @@ class IndexKeys:
             )
         held: Any = None if cache is None else cache.layers[layer]
         before = getattr(held, "index_rows", None)
-        if self._defer and before is not None and features.shape[1] == 1 and len(held.index_waiting) < MOST_WAITING:
-            held.index_waiting = (*held.index_waiting, Waiting(features.detach(), inputs.cos, inputs.sin))
+        if features.shape[1] == 1 and before is not None and self.wait(held, features, inputs.cos, inputs.sin):
             return None
         rows = self._rows(module, inputs, features, held)
         if held is not None:
