@@ -245,10 +245,8 @@ class Session:
         layer = self._layer_of[id(module)]
         cos, sin = self._rope_tables(layer, module, kwargs.get("position_embeddings"))
         if self._left:
-            if self._one_token and self._index is not None:
-                waits = self._index.wait(kwargs["past_key_values"].layers[layer], kwargs["hidden_states"], cos, sin)
-                if waits:
-                    return
+            if self._one_token and self._waits(layer, kwargs, cos, sin):
+                return
             self._write_left()
         self._received[layer] = LayerInputs(
             hidden=kwargs["hidden_states"],
@@ -257,6 +255,12 @@ class Session:
             cache=kwargs.get("past_key_values"),
             pairs=self._family.pairs,
         )
+
+    def _waits(self, layer: int, kwargs: dict[str, Any], cos: Tensor | None, sin: Tensor | None) -> bool:
+        cache = kwargs.get("past_key_values")
+        if self._index is None or cache is None:
+            return False
+        return self._index.wait(cache.layers[layer], kwargs["hidden_states"], cos, sin)
 
     def _rope_tables(self, layer: int, module: nn.Module, given: Any) -> tuple[Tensor | None, Tensor | None]:
         # the layers of a forward are given the same tables
