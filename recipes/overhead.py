@@ -13,7 +13,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import torch
 import topmass
 from topmass.bench.models import build_model
 from topmass.bench.modes import Mode
-from topmass.bench.timing import rotation
+from topmass.bench.timing import now, rotation
 from topmass.bench.ttft import describe_linear, random_prompts
 from topmass.integrations.transformers.index_keys import describe_model, index_configs
 from topmass.integrations.transformers.linear import fast_linear_attention
@@ -85,18 +84,10 @@ def alternate(
                 call = work(name)
                 start = now(model.device)
                 call()
-                if i >= warm:
-                    found[name].append(now(model.device) - start)
-                else:
-                    now(model.device)
+                taken = now(model.device) - start
+            if i >= warm:
+                found[name].append(taken)
     return found
-
-
-def now(device: torch.device) -> float:
-    """Milliseconds, once the device has done everything."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() * 1e3
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:

@@ -1,6 +1,8 @@
 """An indexer inside transformers models: what it reads, what the cache keeps, and that nothing depends on chunks."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import tiny_models
@@ -582,6 +584,23 @@ def test_generated_positions_that_waited_are_indexed_as_if_they_had_not(
             plain.crop(stop - 20)
         wanted = model(ids[order, stop : stop + 8], past_key_values=plain).logits
     torch.testing.assert_close(found, wanted, **EXACT)
+
+
+@pytest.mark.parametrize("features", ["hidden", "qk"])
+def test_generating_keeps_neither_old_tables_nor_old_caches(models, monkeypatch, features):
+    monkeypatch.setattr(index_keys, "MOST_WAITING", 2)
+    model, ids = models("llama"), tiny_models.prompt(40)
+    with torch.no_grad(), topmass.sparsify(model, select(make(model, features=features), 11)) as run:
+        cache = model(ids, use_cache=True).past_key_values
+        for i in range(12):
+            model(ids[:, i : i + 1], past_key_values=cache)
+            # what the layers of one forward share: cosines and sines of what waited, and of all positions
+            assert len(run.index._joined) <= 4
+            assert len(run.index._tables) <= 1
+        gone = weakref.ref(cache)
+        del cache
+        gc.collect()
+        assert gone() is None
 
 
 @pytest.mark.usefixtures("float64_throughout")

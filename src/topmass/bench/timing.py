@@ -10,7 +10,7 @@ import torch
 from topmass.errors import ConfigError
 from topmass.results.stats import Spread, spread
 
-__all__ = ["FLUSH_BYTES", "Timings", "rotation", "time_rounds"]
+__all__ = ["FLUSH_BYTES", "Timings", "now", "rotation", "time_rounds"]
 
 # more than the last-level cache of any GPU
 FLUSH_BYTES = 256 * 2**20
@@ -85,6 +85,13 @@ def time_rounds(
         for name in rotation(list(fns), i):
             found[name].append(clock(fns[name]))
     return Timings(milliseconds=found, gate=report)
+
+
+def now(device: torch.device) -> float:
+    """Milliseconds, once the device has done everything."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() * 1e3
 
 
 def rotation(names: list[Name], i: int) -> list[Name]:

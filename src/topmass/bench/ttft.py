@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from topmass.bench.baselines import baselines_for
 from topmass.bench.modes import FLOOR, STOCK, Handle, Mode, copy_values, dense_mode
-from topmass.bench.timing import rotation
+from topmass.bench.timing import now, rotation
 from topmass.bench.ttft_gate import GATE, SINK, check_mode
 from topmass.core.granularity import Granularity
 from topmass.errors import ConfigError
@@ -361,15 +361,15 @@ def _timed(
     with mode.running(model) as handle, _layer_clock(model) as layer_time:
         _prefill(model, ids[:, :WAKE], 0)
         # events can be read once they have happened
-        _now(ids.device)
+        now(ids.device)
         handle.clear()
         layer_time()
         if ids.is_cuda:
             torch.cuda.reset_peak_memory_stats(ids.device)
-        start = _now(ids.device)
+        start = now(ids.device)
         logits, cache = _prefill(model, ids, setting.chunk)
         logits.cpu()
-        values = {"ttft": _now(ids.device) - start, "layer": layer_time()}
+        values = {"ttft": now(ids.device) - start, "layer": layer_time()}
         receipts = _snapshot(handle)
         sizes = _sizes(cache)
         if ids.is_cuda:
@@ -390,17 +390,10 @@ def _prefill(model: Any, ids: Int[Tensor, "batch len"], chunk: int) -> tuple[Flo
 
 def _decode(model: Any, logits: Float[Tensor, "batch 1 vocab"], cache: Any, tokens: int) -> float:
     token = logits.argmax(-1)
-    start = _now(token.device)
+    start = now(token.device)
     for _ in range(tokens):
         token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-    return (_now(token.device) - start) / tokens
-
-
-def _now(device: torch.device) -> float:
-    """Milliseconds, once the device has done everything."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() * 1e3
+    return (now(token.device) - start) / tokens
 
 
 @contextmanager

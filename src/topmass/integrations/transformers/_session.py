@@ -7,6 +7,7 @@ function expects. Covered layers get the two-dimensional padding mask, so that n
 
 import inspect
 import sys
+import weakref
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
@@ -118,8 +119,8 @@ class Session:
         self._capture, self._index, self._leave = capture or index is not None, index, leave
         # the forward that runs is left to the model's own attention; and is of one generated token, so that there is a cache
         self._left = self._one_token = False
-        # the cache that was checked last, and how many layers it had
-        self._checked: tuple[Any, int] = None, 0
+        # the cache that was checked last, which is its owner's to keep, and how many layers it had
+        self._checked: tuple[Callable[[], Any], int] = (lambda: None), 0
         self._received: dict[int, LayerInputs] = {}
         self._turns = {i: self._family.uses_rope(m) for i, m in self.layers.items()}
         # by the identity of what modules are given, which is held so that it stays its own
@@ -156,7 +157,6 @@ class Session:
             hook.remove()
         self._received.clear()
         self._tables.clear()
-        self._checked = None, 0
         for module in self.layers.values():
             _BY_MODULE.pop(id(module), None)
         for config, original in zip(self._configs, self._original, strict=True):
@@ -192,18 +192,17 @@ class Session:
         self._left = given is not None and self._leaves(given, mask, cache)
         if self._left:
             self._name(self._original)
-        else:
-            self.attend.begin_forward()
+        self.attend.begin_forward()
 
     def _check_cache(self, cache: Any) -> None:
         layers = getattr(cache, "layers", ())
         known, held = self._checked
         # its layers go on together: a forward outside of the block shows in any of them
-        for layer in list(self.layers)[:1] if known is cache and held == len(layers) else self.layers:
+        for layer in list(self.layers)[:1] if known() is cache and held == len(layers) else self.layers:
             _check_cache_layer(cache, layer)
             if self._index is not None:
                 self._index.check_cache(cache, layer)
-        self._checked = cache, len(layers)
+        self._checked = weakref.ref(cache), len(layers)
 
     def _leaves(self, given: Tensor, mask: Any, cache: Any) -> bool:
         if self._leave is None or (self._index is not None and not self._index.reads_hidden):
