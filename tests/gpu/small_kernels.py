@@ -17,6 +17,7 @@ from topmass.ops import (
     dense_lse,
     index_topk,
     kl_rows,
+    page_rows,
     pooled_mass,
     sparse_prefill,
     tile_union,
@@ -111,6 +112,16 @@ def loss() -> None:
     torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-5)
 
 
+def write() -> None:
+    """Rows of tokens in pages, pieces of which are narrower than a block of the kernel."""
+    slots = torch.randperm(5 * 12, generator=torch.Generator().manual_seed(5))[:N].to(DEVICE)
+    mine, plain = (torch.zeros(5, 3, 12, 24, device=DEVICE, dtype=torch.float16) for _ in range(2))
+    rows = draw(len(slots), 64)
+    for pages, backend in ((mine, "triton"), (plain, "reference")):
+        page_rows(pages[..., 8:], rows[:, :40], slots, backend=backend)
+    assert torch.equal(mine, plain)
+
+
 KERNELS: dict[str, Callable[[], None]] = {
     "index_topk": index,
     "topk_support": select,
@@ -118,6 +129,7 @@ KERNELS: dict[str, Callable[[], None]] = {
     "sparse_prefill": attend,
     "attention_mass": mass,
     "indexer_kl": loss,
+    "page_rows": write,
 }
 
 if __name__ == "__main__":

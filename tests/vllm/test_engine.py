@@ -137,10 +137,12 @@ def test_dummy_weights_leave_the_indexer_alone(qwen3, engine):
     from topmass.selection.indexer import Indexer
 
     one = engine(qwen3, SPARSE, load_format="dummy")
-    saved = Indexer.load(qwen3.indexer).layer(1)
-    (served,) = (layer.index.layer for name, layer in one.layers.items() if "layers.1." in name)
-    for name, weight in saved.state_dict().items():
-        assert torch.equal(served.state_dict()[name], weight)
+    saved = Indexer.load(qwen3.indexer).layer(1).state_dict()
+    (served,) = (layer.index for name, layer in one.layers.items() if "layers.1." in name)
+    assert torch.equal(served.weight, torch.cat([saved.pop("q_proj.weight"), saved.pop("k_proj.weight")]))
+    assert saved.keys() == served.layer.state_dict().keys()
+    for name, weight in saved.items():
+        assert torch.equal(served.layer.state_dict()[name], weight)
 
 
 def test_pages_hold_the_index_keys(qwen3, engine):

@@ -12,7 +12,7 @@ from topmass.results import machine_facts
 __all__ = ["doctor"]
 
 PACKAGES = (
-    "torch", "transformers", "tokenizers", "safetensors", "numpy", "triton", "scipy", "pyarrow", "altair",
+    "torch", "transformers", "tokenizers", "safetensors", "numpy", "triton", "vllm", "scipy", "pyarrow", "altair",
     "vl-convert-python", "jinja2",
 )  # fmt: skip
 
@@ -111,4 +111,8 @@ def _try(op: str, backend: str, device: str) -> Any:
         return ops.tile_union(support, backend=backend)
     if op == "index_topk":
         return ops.index_topk(q[:, :, :1], k[:, :, 0], budget=16, granularity=Granularity(), backend=backend)
+    if op == "page_rows":
+        pages = torch.zeros(16, 2, 4, 32, device=device, dtype=dtype)
+        ops.page_rows(pages, q[0, :, 0], torch.arange(64, device=device), backend=backend)
+        return pages
     raise AssertionError(f"doctor has no input for {op}")

@@ -4,6 +4,7 @@ from topmass.ops.attention_mass import attention_mass, pooled_mass
 from topmass.ops.dense_prefill import dense_lse, dense_prefill
 from topmass.ops.index_topk import index_topk
 from topmass.ops.indexer_kl import kl_rows
+from topmass.ops.page_rows import page_rows
 from topmass.ops.sparse_prefill import sparse_prefill
 from topmass.ops.tile_union import tile_union
 from topmass.ops.topk_support import topk_support
@@ -14,6 +15,7 @@ __all__ = [
     "dense_prefill",
     "index_topk",
     "kl_rows",
+    "page_rows",
     "pooled_mass",
     "sparse_prefill",
     "tile_union",

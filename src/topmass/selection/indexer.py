@@ -88,9 +88,17 @@ class LayerIndexer(nn.Module):
         Raises:
             ConfigError: RoPE tables are missing, not wanted, or of another width.
         """
+        return self.finish_queries(self._projected(self.q_proj, hidden), cos, sin)
+
+    def finish_queries(
+        self,
+        raw: Float[Tensor, "batch len width"],
+        cos: Float[Tensor, "#batch len rotary"] | None = None,
+        sin: Float[Tensor, "#batch len rotary"] | None = None,
+    ) -> Float[Tensor, "batch len heads dim"]:
+        """Index queries from what `q_proj` gives: norm and RoPE."""
         self._check_tables(cos, sin)
-        raw = self._projected(self.q_proj, hidden).unflatten(-1, (self.config.heads, self.config.dim))
-        q = self._normed(self.q_norm, raw)
+        q = self._normed(self.q_norm, raw.unflatten(-1, (self.config.heads, self.config.dim)))
         if cos is not None and sin is not None:
             q = rotate_half_split(q, cos[:, :, None], sin[:, :, None])
         return q.to(raw.dtype)
@@ -115,13 +123,23 @@ class LayerIndexer(nn.Module):
         Raises:
             ConfigError: RoPE tables are missing, not wanted, or of another width.
         """
-        self._check_tables(cos, sin)
         r = self.config.kv_block
         whole = raw.shape[1] // r * r
+        first = (x if x is None else x[:, :whole:r] for x in (cos, sin))
+        return self.finish_groups(raw[:, :whole].unflatten(1, (whole // r, r)), *first)
+
+    def finish_groups(
+        self,
+        raw: Float[Tensor, "batch groups kv_block dim"],
+        cos: Float[Tensor, "#batch groups rotary"] | None = None,
+        sin: Float[Tensor, "#batch groups rotary"] | None = None,
+    ) -> Float[Tensor, "batch groups dim"]:
+        """`finish_keys` where the tables are those of the groups' first positions."""
+        self._check_tables(cos, sin)
         wide = torch.promote_types(raw.dtype, torch.float32)
-        k = self._normed(self.k_norm, raw[:, :whole].unflatten(1, (whole // r, r)).to(wide).mean(2))
+        k = self._normed(self.k_norm, raw.to(wide).mean(2))
         if cos is not None and sin is not None:
-            k = rotate_half_split(k, cos[:, :whole:r], sin[:, :whole:r])
+            k = rotate_half_split(k, cos, sin)
         return k.to(raw.dtype)
 
     def _projected(self, linear: nn.Linear, x: Float[Tensor, "batch len width"]) -> Float[Tensor, "batch len out"]:

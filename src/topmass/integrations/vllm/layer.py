@@ -3,8 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
@@ -23,38 +25,49 @@ class IndexProjection(nn.Module):
     """Index keys and queries of tokens from the input of their attention layer.
 
     The same on every tensor-parallel rank, so that all ranks select the same keys without talking.
+
+    Args:
+        length: Tokens of the longest sequence.
     """
 
-    def __init__(self, server: LayerServer, rotary: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, server: LayerServer, rotary: nn.Module, dtype: torch.dtype, device: torch.device, *, length: int
+    ) -> None:
         super().__init__()
         assert server.indexer is not None
         self._server, self._rotary = [server], [rotary]
+        config = server.indexer.config
         with torch.device("meta"):
-            self.layer = LayerIndexer(server.indexer.config)
-        # projections run in the model's dtype, norms in float32: rounding a projection here is what each call would do
-        placed = {
-            name: x.detach().to(device, dtype if "proj" in name else x.dtype, copy=True)
-            for name, x in server.indexer.state_dict().items()
-        }
-        self.layer.load_state_dict(placed, assign=True)
+            self.layer = LayerIndexer(config)
+        # one product for queries and keys; the module keeps the norms
+        del self.layer.q_proj, self.layer.k_proj
+        weight, norms = self._weights()
+        self.layer.load_state_dict({name: x.detach().to(device, copy=True) for name, x in norms.items()}, assign=True)
         self.layer.requires_grad_(False)
+        # in the model's dtype: rounding here is what each call would do
+        self.weight = nn.Parameter(weight.detach().to(device, dtype), requires_grad=False)
+        # when memory is measured, not when the first prompt comes
+        starts = torch.arange(0, length - config.kv_block + 1, config.kv_block, device=device)
+        self._groups = [_tables_of_groups(self, starts, dtype)]
 
     def forward(self, positions: Tensor, hidden: Tensor) -> Tensor:
         """`[index key | index queries of all heads]` of every token."""
-        tables = self.tables(positions, hidden.dtype)
-        queries = self.layer.project_queries(hidden[None], *tables)[0].flatten(1)
-        keys = self.layer.project_keys(hidden[None])
+        config, tables = self.layer.config, self.tables(positions, hidden.dtype)
+        raw = F.linear(hidden, self.weight)[None]
+        queries, keys = raw.split([config.heads * config.dim, config.dim], -1)
         # a group of one token is finished at once; a longer one when it is read, because a chunk may end inside
-        if self.layer.config.kv_block == 1:
+        if config.kv_block == 1:
             keys = self.layer.finish_keys(keys, *tables)
-        return torch.cat([keys[0], queries], -1)
+        return torch.cat([keys[0], self.layer.finish_queries(queries, *tables)[0].flatten(1)], -1)
 
     def finish(self, stored: Tensor) -> Tensor:
         """Index keys of the complete groups of a sequence, from what the pages hold of its tokens."""
-        if self.layer.config.kv_block == 1:
+        if (r := self.layer.config.kv_block) == 1:
             return stored
-        tables = self.tables(torch.arange(stored.shape[0], device=stored.device), stored.dtype)
-        return self.layer.finish_keys(stored[None], *tables)[0]
+        n = stored.shape[0] // r
+        return self.layer.finish_groups(
+            stored[None, : n * r].unflatten(1, (n, r)), *(x[:, :n] for x in self._groups[0])
+        )[0]
 
     def tables(self, positions: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
         """RoPE tables of positions at the indexer's width; nothing without RoPE."""
@@ -68,10 +81,32 @@ class IndexProjection(nn.Module):
 
     def restore(self) -> None:
         """Load the weights again, after vLLM filled every parameter with noise (`--load-format dummy`)."""
+        weight, norms = self._weights()
+        self.weight.data.copy_(weight)
+        for name, norm in norms.items():
+            self.layer.get_parameter(name).data.copy_(norm)
+
+    def _weights(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """What projects queries, then keys; and the norms by name."""
         indexer = self._server[0].indexer
         assert indexer is not None
-        for name, weight in indexer.state_dict().items():
-            self.layer.get_parameter(name).data.copy_(weight)
+        state = dict(indexer.state_dict())
+        return torch.cat([state.pop("q_proj.weight"), state.pop("k_proj.weight")]), state
+
+
+def _tables_of_groups(index: IndexProjection, starts: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
+    """RoPE tables of the groups' first positions; layers with one RoPE share them."""
+    config, rotary = index.layer.config, index._rotary[0]
+    if config.kv_block == 1:
+        return ()
+    kept = _GROUP_TABLES.setdefault(rotary, {})
+    key = config.kv_block, config.rotary_dim, dtype, starts.device, len(starts)
+    if key not in kept:
+        kept[key] = index.tables(starts, dtype)
+    return kept[key]
+
+
+_GROUP_TABLES: WeakKeyDictionary[nn.Module, dict[Any, Sequence[Tensor]]] = WeakKeyDictionary()
 
 
 class IndexedAttention(Attention):
@@ -167,8 +202,9 @@ def attach(model: Any, vllm_config: VllmConfig) -> set[str]:
         server = service.server(extract_layer_index(name))
         index = None
         if server.indexer is not None:
+            model_config, device = vllm_config.model_config, vllm_config.device_config.device
             index = IndexProjection(
-                server, module.rotary_emb, vllm_config.model_config.dtype, vllm_config.device_config.device
+                server, module.rotary_emb, model_config.dtype, device, length=model_config.max_model_len
             )
         module.__class__ = model.swaps[type(module)]
         attn.__class__ = IndexedAttention

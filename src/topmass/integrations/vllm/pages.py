@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from topmass.ops import page_rows
+
 __all__ = ["PageLayout"]
 
 # 16 bytes in bfloat16: what vector loads and TMA ask of a row's start
@@ -66,12 +68,9 @@ class PageLayout:
     ) -> None:
         """Write index keys; token `i` of the sequence that owns page `p` has slot `p * page_size + i % page_size`.
 
-        Slots below 0 are padding. They write to slot 0, in the page that vLLM gives to no request: to leave them out would
-        mean to wait for the device.
+        Slots below 0 are padding, which goes to slot 0: vLLM gives its page to no request.
         """
-        room = self.kv_heads * self.columns - index.shape[1]
-        pieces = torch.nn.functional.pad(index, (0, room)).unflatten(1, (self.kv_heads, self.columns))
-        self._scatter(cache[..., 2 * self.head_dim :], pieces, slots)
+        page_rows(cache[..., 2 * self.head_dim :], index, slots)
 
     def write_tokens(
         self,
@@ -81,7 +80,7 @@ class PageLayout:
         slots: Int[Tensor, " tokens"],
     ) -> None:
         """Write keys and values, as `write_index` does with index keys."""
-        self._scatter(cache[..., : 2 * self.head_dim], torch.cat([key, value], -1), slots)
+        page_rows(cache[..., : 2 * self.head_dim], torch.cat([key, value], -1).flatten(1), slots)
 
     def read_index(
         self, cache: Float[Tensor, "pages kv_heads page_size width"], pages: Int[Tensor, " n"], length: int, dim: int
@@ -93,8 +92,3 @@ class PageLayout:
     def pages_of(self, cache: Tensor, length: int) -> int:
         """Pages that hold `length` tokens."""
         return -(-length // cache.shape[2])
-
-    def _scatter(self, target: Tensor, rows: Tensor, slots: Tensor) -> None:
-        slots = slots.clamp_min(0)
-        size = target.shape[2]
-        target.transpose(1, 2)[slots // size, slots % size] = rows.to(target.dtype)

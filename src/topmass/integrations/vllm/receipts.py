@@ -31,18 +31,21 @@ class LayerCount:
     dense: dict[str, int] = field(default_factory=dict)
     keys: int = 0
 
-    def add(self, rule: SupportRule | None, part: Part) -> None:
-        """Count the rows of a part."""
+    @classmethod
+    def of(cls, rule: SupportRule | None, part: Part) -> "LayerCount":
+        """What the rows of a part do in a layer with this rule."""
         if rule is None:
-            sparse, dense = 0, part.stop - part.start
-            keys, reason = (part.start + 1 + part.stop) * dense // 2, KEPT_DENSE
-        else:
-            sparse, dense, keys = keys_read(rule, part.start, part.stop)
-            reason = within(rule)
-        self.sparse += sparse
-        self.keys += keys
-        if dense:
-            self.dense[reason] = self.dense.get(reason, 0) + dense
+            dense = part.stop - part.start
+            return cls(dense={KEPT_DENSE: dense}, keys=(part.start + 1 + part.stop) * dense // 2)
+        sparse, dense, keys = keys_read(rule, part.start, part.stop)
+        return cls(sparse=sparse, dense={within(rule): dense} if dense else {}, keys=keys)
+
+    def add(self, other: "LayerCount") -> None:
+        """Count the rows of another part."""
+        self.sparse += other.sparse
+        self.keys += other.keys
+        for reason, queries in other.dense.items():
+            self.dense[reason] = self.dense.get(reason, 0) + queries
 
 
 @dataclass(slots=True, kw_only=True)
@@ -123,9 +126,11 @@ class Receipts:
                 self.total.generated += part.stop - part.start
                 if not batch.sparse_decode:
                     continue
+            # most layers have one rule, and to count is not free
+            counts = {rule: LayerCount.of(rule, part) for rule in set(self.rules.values())}
             for layer, rule in self.rules.items():
-                one.layers.setdefault(layer, LayerCount()).add(rule, part)
-                self.total.layers[layer].add(rule, part)
+                one.layers.setdefault(layer, LayerCount()).add(counts[rule])
+                self.total.layers[layer].add(counts[rule])
 
     def ran(self, backend: str, selection: Mapping[str, str] | None = None) -> None:
         """Count one call of a kernel backend, and what chose its keys: the backend by op."""

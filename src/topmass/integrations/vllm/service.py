@@ -81,7 +81,7 @@ class LayerServer:
         ik = finish(layout.read_index(cache, pages, part.stop, config.dim))[None]
         keys, values = layout.keys(cache), layout.values(cache)
         step = rows_that_fit(q[None], part.stop, heads=1 if q.is_cuda else None)
-        out = torch.empty_like(q)
+        out: list[Tensor] = []
         for lo, hi in split_queries(part.start, q.shape[0], step):
             stop = part.start + hi
             with _dispatch.record() as selection:
@@ -102,9 +102,9 @@ class LayerServer:
             settings = {**arithmetic.settings(), "page_table": table}
             # a typical call names the backend that all calls of this shape get
             backend = resolve_backend(self._backend, q[None, lo:hi], keys, values, support, **settings)
-            out[lo:hi] = sparse_prefill(q[None, lo:hi], keys, values, support, **settings, backend=backend.name)[0][0]
+            out.append(sparse_prefill(q[None, lo:hi], keys, values, support, **settings, backend=backend.name)[0][0])
             self._receipts.ran(backend.name, selection)
-        return out
+        return out[0] if len(out) == 1 else torch.cat(out)
 
     @property
     def _budget(self) -> Any:
@@ -123,6 +123,7 @@ class Service:
         receipts: What ran.
         step: Requests of the forward that is being prepared; `None` while vLLM measures or captures.
         guarded: A batch in which one token of a prompt selects is kept out of the CUDA graphs of decoding.
+        threshold: First position that is sparse in any layer; asked in every forward.
         counters: What `/metrics` shows; `None` if nobody asks.
 
     Raises:
@@ -140,18 +141,14 @@ class Service:
         info = self.indexer.info
         rules = {i: self.selector.rule(i) for i in info.fingerprint.full_layers}
         self.receipts = Receipts(rules, path=settings.receipts, say=say, log_every=settings.log_every)
+        found = [first_sparse(rule) for rule in rules.values()]
+        self.threshold: int | None = min((t for t in found if t is not None), default=None)
         self._say = say
 
     @property
     def index_dim(self) -> int:
         """Values that the pages keep of an index key, the same for all layers."""
         return max(config.dim for config in self.indexer.info.layers.values())
-
-    @property
-    def threshold(self) -> int | None:
-        """First position that is sparse in any layer."""
-        found = [first_sparse(rule) for rule in self.receipts.rules.values()]
-        return min((t for t in found if t is not None), default=None)
 
     def server(self, layer: int) -> LayerServer:
         """The server of one layer."""
