@@ -372,8 +372,15 @@ def test_compiles_without_graph_breaks() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
 
 
-@pytest.mark.parametrize(("q_block", "kv_block", "page_size"), [(1, 1, 16), (32, 4, 7), (8, 16, 24)])
-def test_pages_equal_one_piece(q_block: int, kv_block: int, page_size: int) -> None:
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize(
+    ("q_block", "kv_block", "page_size", "placed"),
+    # groups that straddle pages cannot be placed ahead
+    [(1, 1, 16, True), (1, 4, 24, True), (32, 1, 5, True), (32, 8, 16, True), (32, 4, 7, False), (8, 16, 24, False)],
+)
+def test_pages_equal_one_piece(
+    q_block: int, kv_block: int, page_size: int, placed: bool, heads_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = Case(
         q_block=q_block, kv_block=kv_block, q_len=41, start=60, budget=75, sink=2, window=5, heads=(4, 2), batch=2
     )
@@ -384,16 +391,23 @@ def test_pages_equal_one_piece(q_block: int, kv_block: int, page_size: int) -> N
     order = (
         torch.randperm(2 * used + 5, generator=torch.Generator().manual_seed(2))[: 2 * used].view(2, used).to(DEVICE)
     )
-    pool = torch.full((2 * used + 5, page_size, 2, 40), float("nan"), dtype=q.dtype, device=DEVICE)
+    shape = (2 * used + 5, 2, page_size, 40) if heads_first else (2 * used + 5, page_size, 2, 40)
+    pool = torch.full(shape, float("nan"), dtype=q.dtype, device=DEVICE)
+    pool = pool.transpose(1, 2) if heads_first else pool
     for x, part in ((k, slice(0, 16)), (v, slice(16, 32))):
         padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, used * page_size - 101))
         pool[order, ..., part] = padded.unflatten(1, (used, page_size))
     # entries past the last key are not to be followed
     table = torch.nn.functional.pad(order, (0, 3), value=-(2**30)).int()
     paged = (q, pool[..., :16], pool[..., 16:32], support)
+    calls, place = [], _triton.place
+    monkeypatch.setattr(_triton, "place", lambda *a, **k: calls.append(1) or place(*a, **k))
+    groups = support.groups.clone()
 
     out, lse = sparse_prefill(*paged, scale=0.4, page_table=table, backend="triton")
 
+    assert bool(calls) == placed
+    assert torch.equal(support.groups, groups)
     expected = sparse_prefill(q, k, v, support, scale=0.4, backend="triton")
     assert torch.equal(out, expected[0])
     assert torch.equal(lse, expected[1])

@@ -103,7 +103,7 @@ def _sparse_kernel(
     si_b, si_s, si_t, sc_b, sc_s, sc_t, sp_b, TQ, Q_START, SINK,
     HQ: tl.constexpr, HK: tl.constexpr, S: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
     BDV: tl.constexpr, QB: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
-    MEMBER: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr, PAGE: tl.constexpr,
+    MEMBER: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr, PAGE: tl.constexpr, FAR_PAGE: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     G: tl.constexpr = HQ // HK
@@ -173,8 +173,9 @@ def _sparse_kernel(
         m_n = o_p < count
         o_k = b_id * R + o_p % R
         b_id = tl.load(ids + p_i + (o_p + BN) // R, mask=o_p + BN < count, other=0)
-        # never outside the keys, whatever the support holds
-        o_k = tl.maximum(tl.minimum(o_k, stop - 1), 0)
+        # never outside the keys, whatever the support holds; ids that say where their rows lie were looked after before
+        if PAGE == FAR_PAGE:
+            o_k = tl.maximum(tl.minimum(o_k, stop - 1), 0)
         if MEMBER:
             m_mk = (b_w[None, :] & b_bit[:, None]) != 0
             b_w = tl.load(words + p_i + (o_p + BN) // R, mask=o_p + BN < count, other=0)
@@ -182,7 +183,7 @@ def _sparse_kernel(
             m_mk = m_n[None, :] & m_far[:, None]
         b_o, b_max, b_sum = _attend(
             b_q, b_o, b_max, b_sum, p_k, p_v, p_t, o_k, m_mk, sk_b, sk_t, sv_b, sv_t, o_d, o_v, scale, softcap,
-            D, DV, BD, BDV, CAP, PAGE,
+            D, DV, BD, BDV, CAP, FAR_PAGE,
         )  # fmt: skip
 
     empty = b_max < -1e29
@@ -192,6 +193,48 @@ def _sparse_kernel(
     p_o = out + i_b * so_b + row[:, None] * so_t + head[:, None] * so_h + o_v[None, :]
     tl.store(p_o, b_o.to(out.dtype.element_ty), mask=m_m[:, None] & (o_v[None, :] < DV))
     tl.store(lse + i_b * sl_b + row * sl_t + head, b_lse, mask=m_m)
+
+
+# what depends on the prompt, the chunk or the budget may not compile the kernel again
+@triton.jit(
+    do_not_specialize=["si_b", "si_s", "si_t", "sc_b", "sc_s", "sc_t", "so_b", "so_s", "so_t", "sp_b", "LAST", "UNIT"],
+    do_not_specialize_on_alignment=["ids", "counts", "pages", "out"],
+)
+@no_type_check
+def _place_kernel(
+    ids, counts, pages, out, si_b, si_s, si_t, sc_b, sc_s, sc_t, so_b, so_s, so_t, sp_b, LAST, UNIT,
+    S: tl.constexpr, PER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i_t, i_b, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64) // S, tl.program_id(1).to(tl.int64) % S
+    count = tl.load(counts + i_b * sc_b + i_s * sc_s + i_t * sc_t)
+    for n in range(0, count, BLOCK):
+        o_n = n + tl.arange(0, BLOCK)
+        m_n = o_n < count
+        b_id = tl.load(ids + i_b * si_b + i_s * si_s + i_t * si_t + o_n, mask=m_n, other=0)
+        # never outside the keys, whatever the support holds
+        b_id = tl.maximum(tl.minimum(b_id, LAST), 0)
+        b_page = tl.load(pages + i_b * sp_b + b_id // PER, mask=m_n, other=0).to(tl.int32)
+        tl.store(out + i_b * so_b + i_s * so_s + i_t * so_t + o_n, b_page * UNIT + b_id % PER, mask=m_n)
+
+
+def groups_apart(k: Tensor, v: Tensor, kv_block: int) -> int:
+    """Key groups from one page's begin to the next's, counted in rows of `k`; 0 where ids cannot say where rows lie."""
+    pages, size = k.shape[:2]
+    apart = k.stride(0) // k.stride(1) if k.stride(1) else 0
+    whole = size % kv_block == 0 and apart % kv_block == 0 and apart * k.stride(1) == k.stride(0)
+    # the rows of values lie as those of keys do
+    alike = k.stride()[:2] == v.stride()[:2]
+    return apart // kv_block if whole and alike and pages * apart < 2**31 else 0
+
+
+def place(ids: Tensor, counts: Tensor, pages: Tensor, *, unit: int, per_page: int, last: int, out: Tensor) -> Tensor:
+    """Ids of key groups as the places of their rows in the pool: once a list, rather than once a head in its loop."""
+    B, S, lists, _ = ids.shape
+    _place_kernel[(lists, B * S)](
+        ids, counts, pages, out, *ids.stride()[:3], *counts.stride(), *out.stride()[:3], pages.stride(0), last, unit,
+        S=S, PER=per_page, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+    return out
 
 
 def sparse_prefill_triton(
@@ -273,6 +316,14 @@ def _launch(
     else:
         ids = support.groups if support.groups.stride(-1) == 1 else support.groups.contiguous()
         words, counts = ids, support.counts
+    paged = 0 if page_table is None else k.shape[1]
+    r = support.granularity.kv_block
+    unit = groups_apart(k, v, r) if page_table is not None else 0
+    if page_table is not None and unit and ids.shape[-1]:
+        # a union is ours to write over, a support is not
+        out_ids = ids if words is not ids else torch.empty_like(ids, memory_format=torch.contiguous_format)
+        last = (support.q_start + TQ - 1) // r
+        ids = place(ids, counts, page_table, unit=unit, per_page=paged // r, last=last, out=out_ids)
     tiles = triton.cdiv(support.q_start + TQ, tile.tokens) - support.q_start // tile.tokens
     bd, bdv = (max(triton.next_power_of_2(d), 16) for d in (D, DV))
     _sparse_kernel[(tiles * HK * triton.cdiv(HQ // HK, tile.heads), B)](
@@ -281,7 +332,7 @@ def _launch(
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *lse.stride()[:2],
         *ids.stride()[:3], *counts.stride(), 0 if page_table is None else page_table.stride(0),
         TQ, support.q_start, support.sink,
-        HQ=HQ, HK=HK, S=support.groups.shape[1], D=D, DV=DV, BD=bd, BDV=bdv, QB=g, R=support.granularity.kv_block,
+        HQ=HQ, HK=HK, S=support.groups.shape[1], D=D, DV=DV, BD=bd, BDV=bdv, QB=g, R=r,
         BT=tile.tokens, BH=tile.heads, BN=tile.keys, MEMBER=tile.tokens > g, CAP=softcap is not None,
-        SINKS=sinks is not None, PAGE=0 if page_table is None else k.shape[1], STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
+        SINKS=sinks is not None, PAGE=paged, FAR_PAGE=0 if unit else paged, STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
