@@ -434,17 +434,43 @@ def hooks_of(model):
     return [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
 
 
+def watched(model):
+    return sum("forward" in m.__dict__ for m in model.modules())
+
+
+def test_a_forward_of_the_user_s_own_is_called_and_put_back(models):
+    model, ids, seen = tiny_models.build("llama"), tiny_models.prompt(20), []
+    module = model.model.layers[1].self_attn
+
+    def mine(*args, **kwargs):
+        seen.append(kwargs["hidden_states"].shape[1])
+        return type(module).forward(module, *args, **kwargs)
+
+    module.forward = mine
+    with topmass.sparsify(model, select(make(model))):
+        model(ids)
+    assert module.forward is mine
+    assert seen == [20]
+    with topmass.sparsify(model, select(make(model))):
+        module.forward = mine
+    assert module.forward is mine
+
+
 def test_hooks_are_gone(models):
     model, ids = models("qwen3_5_vl"), tiny_models.prompt(20)
     before, selector = hooks_of(model), select(make(models("qwen3_5_vl")))
     with topmass.sparsify(model, selector):
         model(ids)
-        assert sum(pre for pre, _ in hooks_of(model)) == sum(pre for pre, _ in before) + 3
+        # one for the model, and the two full-attention layers
+        assert sum(pre for pre, _ in hooks_of(model)) == sum(pre for pre, _ in before) + 1
+        assert watched(model) == 2
     assert hooks_of(model) == before
+    assert watched(model) == 0
     for trouble in (lambda: model(ids[:, :0]), lambda: 1 / 0):
         with pytest.raises((topmass.errors.DataError, ZeroDivisionError)), topmass.sparsify(model, selector):
             trouble()
         assert hooks_of(model) == before
+        assert watched(model) == 0
     with topmass.sparsify(model, topmass.OracleSelector(budget=9)):
         assert sum(pre for pre, _ in hooks_of(model)) == sum(pre for pre, _ in before) + 1
 
@@ -559,12 +585,14 @@ def without_any_generated(cache):
         ("qwen3_5", reversed_sequences),
     ],
 )
-def test_generated_positions_that_waited_are_indexed_as_if_they_had_not(
-    models, monkeypatch, family, features, change, most
+@pytest.mark.parametrize("dense_below", [0, 20])
+def test_positions_that_waited_are_indexed_as_if_they_had_not(
+    models, monkeypatch, family, features, change, most, dense_below
 ):
     monkeypatch.setattr(index_keys, "MOST_WAITING", most)
     model, ids = models(family), tiny_models.prompt(40, batch=2)
-    selector = select(make(model, features=features), 11)
+    # the first 20 are kept dense: their keys are written at once, or wait
+    selector = select(make(model, features=features), 11, dense_below=dense_below)
     cache = DynamicCache(config=model.config)
     with torch.no_grad(), topmass.sparsify(model, selector):
         model(ids[:, :20], past_key_values=cache)
@@ -628,4 +656,21 @@ def test_a_prompt_below_the_crossover_computes_no_index_vectors(models, monkeypa
     with torch.no_grad(), topmass.sparsify(model, selector) as run:
         model(ids, past_key_values=cache)
     assert run.receipt.layers[0].mode == "dense"
+    assert cache.layers[0].index_rows is None
+    assert cache.layers[0].index_seen == 30
+
+
+def test_a_long_prompt_does_not_wait(models, monkeypatch):
+    model, ids = models("llama"), tiny_models.prompt(30)
+    monkeypatch.setattr(index_keys, "MOST_PROMPT_VALUES", 29 * model.config.hidden_size)
+    cache = DynamicCache()
+    with torch.no_grad(), topmass.sparsify(model, select(make(model), 9, dense_below=40)):
+        model(ids[:, :20], past_key_values=cache)
+        assert cache.layers[0].index_rows is None
+        # a second prompt does not wait behind a first
+        model(ids[:, 20:], past_key_values=cache)
+        assert len(cache.layers[0].index_rows) == 30
+        assert not cache.layers[0].index_waiting
+        cache = DynamicCache()
+        model(ids, past_key_values=cache)
     assert len(cache.layers[0].index_rows) == 30

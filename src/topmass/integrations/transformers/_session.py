@@ -5,6 +5,7 @@ name to `topmass`; layers that it does not cover are handed on to the function t
 function expects. Covered layers get the two-dimensional padding mask, so that nothing is ever `N x N`.
 """
 
+import functools
 import inspect
 import sys
 import weakref
@@ -147,7 +148,7 @@ class Session:
             self.decoder.register_forward_hook(self._after_forward, always_call=True),
         ]
         for module in self.layers.values() if self._capture else ():
-            self._hooks.append(module.register_forward_pre_hook(self._before_attention, with_kwargs=True))
+            _watch(module)
         return self
 
     def __exit__(
@@ -155,6 +156,8 @@ class Session:
     ) -> None:
         for hook in self._hooks:
             hook.remove()
+        for module in self.layers.values() if self._capture else ():
+            _unwatch(module)
         self._received.clear()
         self._tables.clear()
         for module in self.layers.values():
@@ -237,7 +240,7 @@ class Session:
         while self._received:
             layer, inputs = self._received.popitem()
             if self._index is not None and inputs.cache is not None:
-                self._index.extend(layer, inputs, inputs.hidden)
+                self._index.extend(layer, inputs, inputs.hidden, later=True)
 
     def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         kwargs = _by_name(module, args, kwargs)
@@ -298,6 +301,30 @@ class Session:
             }
             out[i, rows] = self.attend(LayerCall(**one, **own, sample=i, **settings))[0]
         return out
+
+
+def _watch(module: nn.Module) -> None:
+    """Tell the session of `module` what it is called with: as a hook does, whose price would be most of a short prompt's."""
+    own = module.__dict__.get("forward")
+    # parts that a deep copy of the model copies, so that the copy calls its own
+    watched = functools.partial(_watched, module, own)
+    watched.__wrapped__ = module.forward  # type: ignore[attr-defined]
+    module.__dict__["forward"] = watched
+
+
+def _unwatch(module: nn.Module) -> None:
+    watched: Any = module.__dict__.get("forward")
+    # what somebody put around it stays, and finds no session
+    if getattr(watched, "func", None) is _watched:
+        del module.__dict__["forward"]
+        if watched.args[1] is not None:
+            module.__dict__["forward"] = watched.args[1]
+
+
+def _watched(module: Any, own: Callable[..., Any] | None, /, *args: Any, **kwargs: Any) -> Any:
+    if (session := _BY_MODULE.get(id(module))) is not None:
+        session._before_attention(module, args, kwargs)
+    return type(module).forward(module, *args, **kwargs) if own is None else own(*args, **kwargs)
 
 
 _NOT_CAUSAL = (

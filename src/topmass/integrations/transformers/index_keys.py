@@ -40,8 +40,9 @@ __all__ = [
 ]
 
 
-# a hidden state is many times as large as the index key that is made of it
+# a hidden state is many times as large as the index key that is made of it: generated positions, and values of a short prompt
 MOST_WAITING = 64
+MOST_PROMPT_VALUES = 2**22
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,17 +204,26 @@ class KeyRows:
 
 
 class Waiting(NamedTuple):
-    """A generated position whose index key nobody has asked for: what it will be projected from, and the model's tables."""
+    """Positions whose index keys nobody has asked for: what they will be projected from, and the model's tables."""
 
-    features: Float[Tensor, "batch 1 width"]
-    cos: Float[Tensor, "#batch 1 rotary"] | None
-    sin: Float[Tensor, "#batch 1 rotary"] | None
+    features: Float[Tensor, "batch len width"]
+    cos: Float[Tensor, "#batch len rotary"] | None
+    sin: Float[Tensor, "#batch len rotary"] | None
 
     def map(self, change: Any) -> "Waiting":
         """The same change to every tensor."""
         batch = self.features.shape[0]
         tables = [x if x is None else change(x.expand(batch, -1, -1)) for x in (self.cos, self.sin)]
         return Waiting(change(self.features), *tables)
+
+    def first(self, length: int) -> "Waiting":
+        """The first of them."""
+        tables = [x if x is None else x[:, :length] for x in (self.cos, self.sin)]
+        return Waiting(self.features[:, :length], *tables)
+
+
+def _length(positions: Waiting) -> int:
+    return positions.features.shape[1]
 
 
 class _IndexedLayer:
@@ -226,9 +236,15 @@ class _IndexedLayer:
     """
 
     index_rows: KeyRows | None = None
-    # generated positions after those of `index_rows`
+    # positions after those of `index_rows`: a short prompt, generated ones
     index_waiting: tuple[Waiting, ...] = ()
     index_owner: str = ""
+
+    @property
+    def index_seen(self) -> int:
+        """Positions that have an index key, or wait for one."""
+        rows = 0 if self.index_rows is None else len(self.index_rows)
+        return rows + sum(map(_length, self.index_waiting))
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
@@ -236,12 +252,17 @@ class _IndexedLayer:
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         super().crop(*args, **kwargs)  # type: ignore[misc]
-        if self.index_rows is None:
-            return
         # whether the argument says what to keep or what to remove differs between versions
-        kept = self.get_seq_length()  # type: ignore[attr-defined]
-        self.index_waiting = self.index_waiting[: max(kept - len(self.index_rows), 0)]
-        self.index_rows = self.index_rows.map(lambda x: x[:, :kept])
+        left = kept = self.get_seq_length()  # type: ignore[attr-defined]
+        if self.index_rows is not None:
+            left -= len(self.index_rows)
+            self.index_rows = self.index_rows.map(lambda x: x[:, :kept])
+        waiting = []
+        for x in self.index_waiting:
+            if left > 0:
+                waiting.append(x if _length(x) <= left else x.first(left))
+            left -= _length(x)
+        self.index_waiting = tuple(waiting)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
@@ -258,7 +279,7 @@ class _IndexedLayer:
     def _change(self, change: Any) -> None:
         if self.index_rows is not None:
             self.index_rows = self.index_rows.map(change)
-            self.index_waiting = tuple(x.map(change) for x in self.index_waiting)
+        self.index_waiting = tuple(x.map(change) for x in self.index_waiting)
 
 
 class _IndexedDynamicLayer(_IndexedLayer, DynamicLayer):
@@ -287,8 +308,8 @@ class IndexKeys:
     """Serves one indexer while a model runs: writes its raw keys, and gives its queries and keys on demand.
 
     Args:
-        defer: Let generated positions wait for the next prompt chunk, or for `MOST_WAITING` of them, and project them together: a
-            launch for each of them would be most of what an indexer costs per output token.
+        defer: Let a short prompt that is left to the model's own attention, and generated positions, wait for the next prompt
+            chunk, or for `MOST_WAITING` generated ones, and project them together: launches are most of what an indexer costs there.
     """
 
     def __init__(self, indexer: Indexer, *, defer: bool = False) -> None:
@@ -313,8 +334,7 @@ class IndexKeys:
         if layer not in self._indexer.info.layers or layer >= len(cache.layers):
             return
         past = cache.layers[layer].get_seq_length()
-        rows = getattr(cache.layers[layer], "index_rows", None)
-        seen = 0 if rows is None else len(rows) + len(cache.layers[layer].index_waiting)
+        seen = getattr(cache.layers[layer], "index_seen", 0)
         if past and seen != past:
             raise ConfigError(
                 f"The cache holds {past} positions of layer {layer}, but index keys for {seen}: an indexer has to see every "
@@ -354,12 +374,12 @@ class IndexKeys:
         """Let a generated position wait at its layer's cache; false if its key has to be written.
 
         Args:
-            held: The layer of the cache. One without index keys has no indexer, and nothing to write.
+            held: The layer of the cache. One that was never indexed has no indexer, and nothing to write.
             features: What `key_features` gives for the position.
             cos: The model's RoPE there, as in `LayerInputs`.
             sin: Likewise.
         """
-        if getattr(held, "index_rows", None) is None:
+        if not isinstance(held, _IndexedLayer):
             return True
         if not self._defer or len(held.index_waiting) >= MOST_WAITING:
             return False
@@ -367,15 +387,22 @@ class IndexKeys:
         return True
 
     def extend(
-        self, layer: int, inputs: LayerInputs, features: Float[Tensor, "batch q_len k_width"], kv_len: int = 0
+        self,
+        layer: int,
+        inputs: LayerInputs,
+        features: Float[Tensor, "batch q_len k_width"],
+        kv_len: int = 0,
+        *,
+        later: bool = False,
     ) -> KeyRows | None:
         """Write the raw keys of the new positions behind those that the cache has; returns those of all positions.
 
-        `None` where no indexer serves, and where a generated position waits.
+        `None` where no indexer serves, and where the new positions wait.
 
         Args:
             features: What `key_features` gives for the new positions.
             kv_len: Keys that the layer attends to, where that is known.
+            later: Nobody asks for the keys of a prompt now, so that a short one may wait.
 
         Raises:
             UnsupportedModelError: The layer has keys of other positions, and no cache to keep index keys in.
@@ -388,23 +415,27 @@ class IndexKeys:
             raise UnsupportedModelError(
                 f"The layer received {kv_len} keys for {features.shape[1]} positions without a cache."
             )
-        held: Any = None if cache is None else cache.layers[layer]
-        before = getattr(held, "index_rows", None)
-        if features.shape[1] == 1 and before is not None and self.wait(held, features, inputs.cos, inputs.sin):
+        if cache is None:
+            return self._rows(module, inputs, features, None)
+        held: Any = cache.layers[layer]
+        if not isinstance(held, _IndexedLayer):
+            held = cache.layers[layer] = _indexed(held)
+        held.index_owner = self._owner
+        if features.shape[1] == 1 and held.index_seen and self.wait(held, features, inputs.cos, inputs.sin):
             return None
-        rows = self._rows(module, inputs, features, held)
-        if held is not None:
-            if not isinstance(held, _IndexedLayer):
-                held = cache.layers[layer] = _indexed(held)  # pyright: ignore[reportOptionalMemberAccess]
-            held.index_rows, held.index_waiting, held.index_owner = rows, (), self._owner
+        if later and self._defer and not held.index_waiting and features.numel() <= MOST_PROMPT_VALUES:
+            held.index_waiting = (Waiting(features.detach(), inputs.cos, inputs.sin),)
+            return None
+        held.index_rows = rows = self._rows(module, inputs, features, held)
+        held.index_waiting = ()
         return rows
 
     @torch.no_grad()
     def _rows(self, module: LayerIndexer, inputs: LayerInputs, features: Tensor, held: Any) -> KeyRows:
         """Raw keys and tables of what the cache has, of what waits there, and of the new positions."""
-        before = getattr(held, "index_rows", None)
+        before: KeyRows | None = None if held is None else held.index_rows
         cos, sin = inputs.cos, inputs.sin
-        if before is not None and (waiting := held.index_waiting):
+        if held is not None and (waiting := held.index_waiting):
             features = torch.cat([*(x.features for x in waiting), features], 1)
             cos = self._after([x.cos for x in waiting], cos)
             sin = self._after([x.sin for x in waiting], sin)
