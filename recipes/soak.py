@@ -15,6 +15,7 @@ memory that grew, or if the backend refused more than a fifth of the cases. `--o
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import math
@@ -26,7 +27,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,10 @@ from topmass.ops import sparse_prefill
 
 # rows shadowed at a call's own budget (in three places) and over the list of all keys (in one)
 OWN, LISTED = 32, 128
-# cases until caches are warm, and what may be held beyond that, MiB
-WARM, GPU_GROWTH, HOST_GROWTH = 10, 64, 1024
+# share of the run until caches are warm and most kernels compiled, and what may be held beyond that, MiB
+WARM, GPU_GROWTH, HOST_GROWTH = 0.5, 64, 256
+# seconds between two readings of memory
+READING = 20
 MOST_CRASHES = 3
 # share of the cases that the backend may refuse
 REFUSED = 0.2
@@ -329,24 +332,45 @@ def poisoned() -> Iterator[None]:
 # -- the run
 
 
-def memory() -> dict[str, float]:
-    """MiB held on the GPU and by the process."""
+def memory(begin: float) -> dict[str, float]:
+    """Seconds since `begin`, MiB held on the GPU and by the process, and kernels compiled so far."""
     gc.collect()
+    # what the compiler freed and the allocator keeps is not held
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     host = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-    return {"gpu": torch.cuda.memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0, "host": host}
+    gpu = torch.cuda.memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
+    return {"seconds": time.monotonic() - begin, "gpu": gpu, "host": host, "kernels": compiled()}
+
+
+def compiled() -> int:
+    """Kernels that Triton holds for this process, all specialisations."""
+    from triton.runtime.jit import JITFunction
+
+    found = [k for k in gc.get_objects() if type(k) is JITFunction]
+    return sum(len(caches[0]) for k in found for caches in getattr(k, "device_caches", {}).values())
+
+
+def grew(held: list[dict[str, float]]) -> bool:
+    """Whether memory went on growing when caches were warm."""
+    end = held[-1]
+    warm = next(m for m in held if m["seconds"] >= WARM * end["seconds"])
+    return end["gpu"] > warm["gpu"] + GPU_GROWTH or end["host"] > warm["host"] + HOST_GROWTH
 
 
 def soak(args: argparse.Namespace) -> dict[str, Any]:
     """Run cases until the time or their number is up."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     there = subjects(device, getattr(torch, args.dtype), args.max_length)
-    tally, begin, warm = Tally(), time.monotonic(), {}
+    tally, begin, held = Tally(), time.monotonic(), []
     numbers = [args.only] if args.only is not None else range(args.cases or sys.maxsize)
     done, peak = 0, 0.0
     for index in numbers:
         if time.monotonic() - begin > args.minutes * 60 or len(tally.crashes) >= MOST_CRASHES:
             break
-        case = draw(index, args.seed, there, args.max_length, args.most_tokens)
+        if not held or time.monotonic() - begin > held[-1]["seconds"] + READING:
+            held.append(memory(begin))
+        case = draw(index % args.pool if args.pool else index, args.seed, there, args.max_length, args.most_tokens)
         tally.drawn.update([case.subject.name, case.selector.name, f"q{case.selector.config().get('q_block', 1)}"])
         tally.drawn.update(["chunked"] * bool(case.cuts) + ["padded"] * (len(set(case.lengths)) > 1))
         try:
@@ -361,16 +385,13 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
             tally.crashes.append(f"{case}: {type(error).__name__}: {error}")
             print(case, traceback.format_exc(), sep="\n", file=sys.stderr, flush=True)
         done += 1
-        if done == WARM:
-            warm = memory()
         if args.verbose:
             print(f"{time.monotonic() - begin:6.0f} s  {case}", file=sys.stderr, flush=True)
-    end = memory()
+    held.append(memory(begin))
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**20
-    grew = bool(warm) and (end["gpu"] > warm["gpu"] + GPU_GROWTH or end["host"] > warm["host"] + HOST_GROWTH)
     return {
-        "ok": not (tally.mismatches or tally.crashes or grew)
+        "ok": not (tally.mismatches or tally.crashes or grew(held))
         and tally.refused.total() <= REFUSED * done
         and tally.calls > 0,
         "seed": args.seed,
@@ -388,7 +409,11 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
         "backends": dict(tally.backends),
         "refused": dict(tally.refused),
         "drawn": dict(sorted(tally.drawn.items())),
-        "memory_mib": {"warm": warm, "end": end, "gpu_peak": peak, "grew": grew},
+        "memory": {
+            "grew": grew(held),
+            "gpu_peak": peak,
+            "held": [{k: round(v, 1) for k, v in m.items()} for m in held],
+        },
         "mismatches": tally.mismatches,
         "crashes": tally.crashes,
     }
@@ -399,6 +424,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--cases", type=int, help="stop after so many")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pool", type=int, help="run the first so many cases over and over: no new kernels after them")
     parser.add_argument("--only", type=int, metavar="INDEX", help="one case")
     parser.add_argument("--backend", default="triton")
     parser.add_argument("--device", choices=["cuda", "cpu"])

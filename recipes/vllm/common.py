@@ -31,8 +31,6 @@ KV_BYTES = 2 * 2**30
 TASKS = ("niah_single", "niah_uuid", "niah_multiquery", "variable_tracking", "niah_distractor")
 # few shapes to capture: the point is that graphs run, not every batch size
 GRAPHS: dict[str, Any] = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]}
-# the same graphs over the operators as they are: Inductor compiles anew for every setting of an engine, on one thread
-GRAPHS_ONLY: dict[str, Any] = {**GRAPHS, "backend": "eager"}
 
 
 class Clock:

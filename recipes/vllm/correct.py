@@ -5,8 +5,7 @@
 
 `answers`: samples of five tasks with the shipped indexer, the same budget and greedy decoding in both; also dense in both, because
 bfloat16 alone changes some answers. `variations`: the first divergence of the generated tokens from those of whole prompts with CUDA
-graphs, for chunks, prefix caching, eager execution and Inductor's kernels in the graphs, and with the same variations of the stock
-engine beside. What is in the file is not run again.
+graphs, for chunks, prefix caching and eager execution, and with the same variations of the stock engine beside. What is in the file is not run again.
 """
 
 import argparse
@@ -16,8 +15,6 @@ from typing import Any
 
 import torch
 from common import (
-    GRAPHS,
-    GRAPHS_ONLY,
     INDEXER,
     REFERENCE,
     Clock,
@@ -46,7 +43,6 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "chunks of 512": {"max_num_batched_tokens": 512},
     "prefix cache": {"enable_prefix_caching": True},
     "eager": {"enforce_eager": True},
-    "inductor": {"compilation_config": GRAPHS},
 }
 
 
@@ -124,7 +120,7 @@ def variations(args: argparse.Namespace, store: Store, clock: Clock) -> None:
     # odd lengths, so that chunks and pages end everywhere
     prompts = [p[i % 61 :] for i, p in enumerate(prompts)]
     for name, options in VARIATIONS.items():
-        if name in ("eager", "inductor") and not on_gpu():
+        if name == "eager" and not on_gpu():
             continue
         for kind in ("sparse", "dense"):
             key = f"variation {kind} {name} {len(prompts)} x {args.length} b={args.budget}"
@@ -133,8 +129,6 @@ def variations(args: argparse.Namespace, store: Store, clock: Clock) -> None:
             begin = clock.used
             settings = {"budget": args.budget, "decode": args.decode} if kind == "sparse" else None
             common: dict[str, Any] = {"max_model_len": args.length + args.tokens, "max_num_batched_tokens": 8192}
-            if on_gpu() and "enforce_eager" not in options:
-                common["compilation_config"] = GRAPHS_ONLY
             llm = engine(settings, **{**common, **options})
             found = generate(llm, prompts, args.tokens)
             if "cache" in name:

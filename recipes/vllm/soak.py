@@ -39,6 +39,8 @@ from topmass.results.stats import mean
 
 # longest prompts that the KV cache holds: too few for all that are open, so that some are preempted
 ROOM = 1.5
+# share of the requests that generate long answers
+LONG = 0.3
 # MiB that may be held beyond what was held after a quarter of the time
 GPU_GROWTH, HOST_GROWTH = 64, 512
 
@@ -76,9 +78,10 @@ class Load:
             which, most = -1, self.args.longest - 64
             length = round(100 * (most / 100) ** self.random.random())
             prompt = [self.random.randrange(8, 2000) for _ in range(length)]
-            sampling = SamplingParams(
-                max_tokens=self.random.randrange(1, 64), temperature=0, ignore_eos=True, detokenize=False
-            )
+            # long answers outgrow the blocks that there were when they began
+            new = self.random.randrange(1, 1024 if self.random.random() < LONG else 64)
+            new = min(new, self.args.longest - length)
+            sampling = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True, detokenize=False)
             kind = "cancel" if self.random.random() < 0.15 else "filler"
         end = time.monotonic() + self.random.random() * 2 if kind == "cancel" else 0.0
         self.llm.add_request(name, {"prompt_token_ids": prompt}, sampling)

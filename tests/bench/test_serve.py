@@ -8,7 +8,7 @@ import pytest
 from topmass.bench import serve as bench
 from topmass.bench.serve import ServeSetting, bench_serve, make_load
 from topmass.bench.serve_engines import Answers, Engine, Launch, open_engine, timing
-from topmass.bench.serve_models import untrained_indexer, vocabulary_of, write_shape
+from topmass.bench.serve_models import prepare, untrained_indexer, vocabulary_of, write_shape
 from topmass.bench.serve_worker import drive
 from topmass.cli import main
 from topmass.errors import ConfigError
@@ -95,7 +95,7 @@ def test_a_case_is_told_in_a_sentence_and_a_table(log: list) -> None:
     said = answers(table)
     assert len(said) == 4
     assert "sparse takes 64 ms to the first token" in said[1]
-    assert "67% of what the floor saves; time per output token +0.0%" in said[1]
+    assert "67% of what the floor saves, 100.0% over the floor; time per output token +0.0%" in said[1]
 
 
 def test_one_engine_at_a_time_gives_the_same_records(log: list) -> None:
@@ -126,9 +126,39 @@ def test_moments_are_a_poisson_process_and_prompts_share_their_beginning() -> No
     assert make_load(setting, 1000, 8, 0.0).moments is None
 
 
+def test_random_tokens_come_in_rows_and_a_text_in_windows() -> None:
+    rows = make_load(ServeSetting(modes=("dense",), requests=3, repeat=4), 10**9, 10, 0.0).prompts
+    for prompt in rows:
+        assert prompt[:4] == prompt[:1] * 4
+        assert prompt[4:8] == prompt[4:5] * 4
+        assert len(set(prompt)) == 3
+    text = list(range(100, 140))
+    load = make_load(ServeSetting(modes=("dense",), requests=50, shared=0.5), 9, 8, 0.0, text=text)
+    assert len({p[4] for p in load.prompts}) > 10
+    for prompt in load.prompts:
+        assert prompt[:4] == load.prompts[0][:4]
+        assert prompt[4:] == list(range(prompt[4], prompt[4] + 4))
+    with pytest.raises(ConfigError, match="has 40 tokens, and a prompt 41"):
+        make_load(ServeSetting(modes=("dense",)), 9, 41, 0.0, text=text)
+
+
+def test_a_text_needs_a_model_with_words(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The code of Ada is 12345. " * 20, encoding="utf-8")
+    setting = ServeSetting(modes=("dense",), lengths=(64,))
+    launch, _ = prepare("reference", setting, tmp_path, text=text)
+    assert len(launch.text) > 64
+    assert max(launch.text) < launch.vocabulary
+    with pytest.raises(ConfigError, match="The shape tiny has no words"):
+        prepare("tiny", setting, tmp_path, text=text)
+    with pytest.raises(ConfigError, match="cannot be read as UTF-8 text"):
+        prepare("reference", setting, tmp_path, text=tmp_path / "nowhere.txt")
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
+        ({"repeat": 0}, "repeat must be at least 1"),
         ({"requests": 0}, "requests must be at least 1"),
         ({"new_tokens": 1}, "new_tokens must be at least 2"),
         ({"modes": ("dense", "fast")}, "modes are dense, sparse, floor"),

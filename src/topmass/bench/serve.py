@@ -2,9 +2,10 @@
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 from topmass.bench.serve_engines import Answers, Driver, Engine, Launch, open_engine
@@ -31,6 +32,8 @@ class ServeSetting:
         requests: Requests of each mode at a length and rate.
         new_tokens: Tokens that each request generates.
         shared: Share of a prompt that all prompts of a case begin with, for the prefix cache.
+        repeat: Times that each random token comes in a row. With 1 neighbouring queries have nothing in common and select
+            unlike keys, which no text does and which costs the sparse mode most.
         interleave: All modes' engines live at once and take turns; else one after the other.
         sparse: The table `topmass` of `--additional-config`.
         engine: Further arguments of the engine, by their name in Python.
@@ -47,13 +50,14 @@ class ServeSetting:
     requests: int = 8
     new_tokens: int = 16
     shared: float = 0.0
+    repeat: int = 1
     interleave: bool = True
     sparse: Mapping[str, Any] = field(default_factory=dict)
     engine: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("requests", 1), ("new_tokens", 2)):
+        for name, least in (("requests", 1), ("new_tokens", 2), ("repeat", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         for name, known in (("modes", get_args(Mode)), ("drivers", get_args(Driver))):
@@ -83,25 +87,43 @@ class Load:
     moments: list[float] | None
 
 
-def make_load(setting: ServeSetting, vocabulary: int, length: int, rate: float) -> Load:
-    """Random prompts, of which a share is common, at random moments.
+def make_load(setting: ServeSetting, vocabulary: int, length: int, rate: float, *, text: Sequence[int] = ()) -> Load:
+    """Random prompts, or windows of a text, of which a share is common, at random moments.
+
+    Args:
+        vocabulary: Random tokens are below it.
+        text: Tokens of a text.
+
+    Raises:
+        ConfigError: The text is shorter than a prompt.
 
     Example:
         >>> load = make_load(ServeSetting(modes=("dense",), shared=0.5, requests=3), 100, 8, 2.0)
         >>> [len(p) for p in load.prompts], load.prompts[0][:4] == load.prompts[1][:4], load.moments[0]
         ([8, 8, 8], True, 0.0)
     """
+    if text and len(text) < length:
+        raise ConfigError(f"The text has {len(text)} tokens, and a prompt {length}; give a longer text.")
     draw = random.Random(f"{setting.seed} {length} {rate}")
-    common = [draw.randrange(vocabulary) for _ in range(int(setting.shared * length))]
-    prompts = [
-        [*common, *(draw.randrange(vocabulary) for _ in range(length - len(common)))] for _ in range(setting.requests)
-    ]
+    pick = partial(_window, text) if text else partial(_random, vocabulary, setting.repeat)
+    common = pick(draw, int(setting.shared * length))
+    prompts = [[*common, *pick(draw, length - len(common))] for _ in range(setting.requests)]
     if not rate:
         return Load(prompts=prompts, moments=None)
     moments = [0.0]
     while len(moments) < setting.requests:
         moments.append(moments[-1] + draw.expovariate(rate))
     return Load(prompts=prompts, moments=moments)
+
+
+def _random(vocabulary: int, repeat: int, draw: random.Random, count: int) -> list[int]:
+    ids = [draw.randrange(vocabulary) for _ in range(-(-count // repeat))]
+    return [t for t in ids for _ in range(repeat)][:count]
+
+
+def _window(text: Sequence[int], draw: random.Random, count: int) -> list[int]:
+    start = draw.randrange(len(text) - count + 1)
+    return list(text[start : start + count])
 
 
 def bench_serve(
@@ -142,7 +164,7 @@ def bench_serve(
                 for case in (c for c in cases if c[0] == driver):
                     if progress is not None:
                         progress(done, total, f"{driver}, {case[1]} tokens, {case[2]:g} requests/s")
-                    load = make_load(setting, launch.vocabulary, *case[1:])
+                    load = make_load(setting, launch.vocabulary, *case[1:], text=launch.text)
                     kept[case] += _measure(engines, load, case, launch.vocabulary, setting)
                     done += 1
                     if {row["mode"] for row in kept[case]} == set(setting.modes):

@@ -15,7 +15,7 @@ from topmass.errors import ConfigError
 from topmass.integrations.transformers.reference import REFERENCE
 from topmass.selection.indexer import Indexer, IndexerConfig, ModelFingerprint, rotary_width
 
-__all__ = ["prepare", "untrained_indexer", "vocabulary_of", "write_shape"]
+__all__ = ["prepare", "read_tokens", "untrained_indexer", "vocabulary_of", "write_shape"]
 
 # what vLLM calls the classes of transformers' model types
 _ARCHITECTURES = {"qwen3_5_text": "Qwen3_5ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
@@ -27,6 +27,7 @@ def prepare(
     folder: Path,
     *,
     indexer: str | None = None,
+    text: Path | None = None,
     dim: int = 64,
     kv_block: int = 1,
     say: Callable[[str], Any] = print,
@@ -37,12 +38,13 @@ def prepare(
         model: A shape with random weights, `reference`, or a directory.
         folder: Where a shape and an untrained indexer are written.
         indexer: Directory, or `reference`. `None` takes what the setting's `config` names, else an untrained one.
+        text: File that prompts are windows of, for a model with a tokenizer. `None` draws random tokens.
         dim: Width of an untrained indexer's queries and keys.
         kv_block: Keys that it takes together.
         say: Called with what people should know.
 
     Raises:
-        ConfigError: There is no such model.
+        ConfigError: There is no such model, or no such text, or no tokenizer for it.
     """
     options: dict[str, Any] = {}
     if shape := is_shape(model):
@@ -60,7 +62,10 @@ def prepare(
     if indexer is None and "config" not in setting.sparse and "sparse" in setting.modes:
         say("no indexer was given: an untrained one is served, which costs the same")
         indexer = str(untrained_indexer(where, folder / "indexer", dim=dim, kv_block=kv_block))
-    launch = Launch(model=str(where), vocabulary=vocabulary_of(where), indexer=indexer or "", options=options)
+    if shape and text is not None:
+        raise ConfigError(f"The shape {model} has no words to read {text} with; name a model, or leave the text out.")
+    ids = () if text is None else read_tokens(where, text)
+    launch = Launch(model=str(where), vocabulary=vocabulary_of(where), text=ids, indexer=indexer or "", options=options)
     return launch, {"model": model, "weights_hash": None if shape else _digest(where), "device": device}
 
 
@@ -122,6 +127,25 @@ def vocabulary_of(model: str | Path) -> int:
         ConfigError: There is no such model.
     """
     return int(_text(model).vocab_size)
+
+
+def read_tokens(model: str | Path, text: Path) -> list[int]:
+    """Token ids of a UTF-8 file.
+
+    Raises:
+        ConfigError: The file or the model's tokenizer cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        words = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{text} cannot be read as UTF-8 text: {error}.") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(model))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{model} has no tokenizer to read {text} with; leave the text out.") from error
+    return tokenizer(words, add_special_tokens=False)["input_ids"]
 
 
 def untrained_indexer(model: str | Path, folder: Path, *, dim: int = 64, kv_block: int = 1) -> Path:

@@ -28,6 +28,8 @@ class ServeConfig:
         requests: Requests of each mode at a length and rate.
         new_tokens: Tokens that each request generates.
         shared: Share of a prompt that all prompts begin with; above 0 the prefix cache is on.
+        text: UTF-8 file that prompts are windows of; default random tokens.
+        repeat: Times that each random token comes in a row: 1 costs the sparse mode most, 32 about what text does.
         modes: The engine as it is, with the indexer, and with attention replaced by a copy of the values.
         drivers: The engine alone, and the OpenAI-compatible server.
         indexer: Directory of an indexer, or `reference`; default an untrained one, which costs the same.
@@ -46,6 +48,8 @@ class ServeConfig:
     requests: int = 8
     new_tokens: int = 16
     shared: float = 0.0
+    text: Path | None = None
+    repeat: int = 1
     modes: tuple[Literal["dense", "sparse", "floor"], ...] = ("dense", "sparse", "floor")
     drivers: tuple[Literal["offline", "server"], ...] = ("offline", "server")
     indexer: str | None = None
@@ -94,6 +98,7 @@ def serve(
             setting,
             Path(folder),
             indexer=settings.indexer,
+            text=settings.text,
             dim=settings.dim,
             kv_block=settings.kv_block,
             say=say,
@@ -101,7 +106,8 @@ def serve(
         path = write_run(
             "serve",
             out or run_name("serve", model),
-            asdict(settings) | {"serve": str(settings.serve or ""), "interleave": setting.interleave},
+            asdict(settings)
+            | {"serve": str(settings.serve or ""), "text": str(settings.text or ""), "interleave": setting.interleave},
             facts,
             lambda run, report: bench_serve(launch, setting, run=run, progress=report),
             seed=settings.seed,
@@ -141,6 +147,7 @@ def setting_of(settings: ServeConfig) -> Any:
         requests=settings.requests,
         new_tokens=settings.new_tokens,
         shared=settings.shared,
+        repeat=settings.repeat,
         interleave=not settings.one_by_one,
         sparse=sparse,
         engine=engine,

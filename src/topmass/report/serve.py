@@ -1,6 +1,6 @@
 """Records of runs of kind `serve` as tables, sentences and a figure: how an engine answers requests, by mode."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,12 @@ class ServeCase:
         """A metric of `mode` over that of `over`, paired by request."""
         pairs = list(zip(self.values(mode, metric), self.values(over, metric), strict=False))
         return spread([a / b for a, b in pairs]) if pairs else None
+
+    @property
+    def over_floor(self) -> float | None:
+        """Median of the sparse mode's times to first token over the floor's, paired by request, less 1."""
+        found = self.ratio("sparse", "floor")
+        return found and found.median - 1
 
     @property
     def attained(self) -> float | None:
@@ -151,6 +157,8 @@ def _answer(case: ServeCase) -> str:
     )
     if case.attained is not None:
         text += f", {case.attained:.0%} of what the floor saves"
+    if case.over_floor is not None:
+        text += f", {case.over_floor:.1%} over the floor"
     return text + (f"; time per output token {token.median - 1:+.1%}." if token else ".")
 
 
@@ -159,13 +167,28 @@ def notes(runs: Sequence[LoadedRun]) -> list[str]:
     found = [
         "Times are the client's: from the moment at which a request is due. The floor copies values in the place of the attention "
         "of every batch with a prompt: its tokens mean nothing.",
-        "Prompts are random tokens: these runs say nothing of quality. The same requests go to every mode.",
+        "These runs say nothing of quality. The same requests go to every mode.",
+        *dict.fromkeys(_prompts(run.manifest["config"]) for run in runs),
     ]
     if any(run.manifest["device"].startswith("cpu") for run in runs):
         found.insert(0, "Timed on a CPU: it shows that the command works, and says nothing of any kernel.")
     if any(not run.manifest["config"].get("interleave", True) for run in runs):
         found.append("Modes ran one after the other, not interleaved: drifts of the machine are in the ratios.")
     return found
+
+
+def _prompts(config: Mapping[str, Any]) -> str:
+    if text := config.get("text"):
+        return f"Prompts are windows of {text}."
+    if (repeat := config.get("repeat", 1)) > 1:
+        return (
+            f"Prompts are random tokens, each {repeat} times in a row, so that neighbouring queries select much alike, as they do "
+            "in text."
+        )
+    return (
+        "Prompts are random tokens: neighbouring queries select unlike keys, which no text does and which costs the sparse "
+        "mode most."
+    )
 
 
 def ttft_by_length(table: ServeTable, model: str, device: str) -> alt.TopLevelMixin | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 __all__ = ["command_line", "git_commit", "machine", "versions"]
 
-_PACKAGES = ("torch", "transformers", "numpy", "triton")
+_PACKAGES = ("torch", "transformers", "numpy", "triton", "vllm")
 
 
 def versions() -> dict[str, str]:
