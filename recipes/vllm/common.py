@@ -1,11 +1,8 @@
 """What the recipes of this folder share: engines in this process, the reference checkpoint's prompts, and results as they come."""
 
-import contextlib
 import gc
-import importlib
 import json
 import os
-import pkgutil
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,6 +17,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
 # else what Inductor compiled is kept by all settings of an engine, and shared by none
 os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
+# workers import what lies beside this file
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+# NCCL alone, so that the sums of two GPUs are the same every time
+os.environ.setdefault("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
 
 import topmass
 from topmass.eval.tasks import make_samples
@@ -76,25 +78,6 @@ def on_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def fix_tuning() -> None:
-    """Take the first configuration of each of vLLM's gated delta kernels.
-
-    Trying all of them compiles some 90 kernels, two minutes of an engine's start; and another choice rounds otherwise.
-    """
-    from triton.runtime import Autotuner
-
-    for place in ("vllm.third_party.flash_linear_attention.ops", "vllm.model_executor.layers.fla.ops"):
-        with contextlib.suppress(ModuleNotFoundError):
-            package = importlib.import_module(place)
-            for found in pkgutil.iter_modules(package.__path__, f"{place}."):
-                for kernel in vars(importlib.import_module(found.name)).values():
-                    # heuristics are around it
-                    while kernel is not None and not isinstance(kernel, Autotuner):
-                        kernel = vars(kernel).get("fn") if type(kernel).__module__.startswith("triton.") else None
-                    if kernel is not None:
-                        kernel.configs = kernel.configs[:1]
-
-
 def engine(settings: dict[str, Any] | None, **options: Any) -> Any:
     """An engine of the reference checkpoint: with an indexer if there are settings, else vLLM's own."""
     from vllm import LLM
@@ -117,9 +100,9 @@ def engine(settings: dict[str, Any] | None, **options: Any) -> Any:
         "enable_prefix_caching": False,
         "max_num_seqs": 16,
         "seed": 0,
+        "worker_extension_cls": "workers.Watched",
     }
     if on_gpu():
-        fix_tuning()
         # as transformers keeps it, whatever a version makes of a configuration that does not say
         base["mamba_ssm_cache_dtype"] = "float32"
         if not options.get("enforce_eager"):
@@ -140,14 +123,11 @@ def close(llm: Any) -> None:
         torch.cuda.empty_cache()
 
 
-def receipts(llm: Any) -> Any:
-    """What ran sparse; nothing of the kind is an error, so that no dense run passes for a sparse one."""
-    from topmass.integrations.vllm import versions
-
-    found = versions.service_of(llm.llm_engine.vllm_config)
-    assert found is not None
-    assert found.receipts.backends, "no sparse kernel ran"
-    return found.receipts
+def ran(llm: Any) -> dict[str, Any]:
+    """What ran sparse, as one worker says; nothing of the kind is an error, so that no dense run passes for a sparse one."""
+    found = llm.collective_rpc("topmass_ran")[0]
+    assert found.get("backends"), "no sparse kernel ran"
+    return found
 
 
 def generate(llm: Any, prompts: Sequence[Sequence[int]], tokens: int, stop: Sequence[int] = ()) -> list[list[int]]:

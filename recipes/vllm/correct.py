@@ -5,7 +5,8 @@
 
 `answers`: samples of five tasks with the shipped indexer, the same budget and greedy decoding in both; also dense in both, because
 bfloat16 alone changes some answers. `variations`: the first divergence of the generated tokens from those of whole prompts with CUDA
-graphs, for chunks, prefix caching and eager execution, and with the same variations of the stock engine beside. What is in the file is not run again.
+graphs, for chunks, prefix caching, eager execution and two GPUs, and with the same variations of the stock engine beside. What is in
+the file is not run again.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from common import (
     generate,
     ids_of,
     on_gpu,
-    receipts,
+    ran,
     samples,
     stops,
     version,
@@ -43,6 +44,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "chunks of 512": {"max_num_batched_tokens": 512},
     "prefix cache": {"enable_prefix_caching": True},
     "eager": {"enforce_eager": True},
+    "two GPUs": {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "disable_custom_all_reduce": True},
 }
 
 
@@ -80,7 +82,7 @@ def with_vllm(batch: list[Any], budget: int | None, length: int) -> list[str]:
         for i, text in zip(members, words.batch_decode(tokens, skip_special_tokens=True), strict=True):
             answers[i] = text
     if budget is not None:
-        print("kernels:", receipts(llm).backends, "|", receipts(llm).total, flush=True)
+        print("kernels:", ran(llm), flush=True)
     close(llm)
     return answers
 
@@ -120,7 +122,7 @@ def variations(args: argparse.Namespace, store: Store, clock: Clock) -> None:
     # odd lengths, so that chunks and pages end everywhere
     prompts = [p[i % 61 :] for i, p in enumerate(prompts)]
     for name, options in VARIATIONS.items():
-        if name == "eager" and not on_gpu():
+        if (name == "eager" and not on_gpu()) or (name == "two GPUs" and torch.cuda.device_count() < 2):
             continue
         for kind in ("sparse", "dense"):
             key = f"variation {kind} {name} {len(prompts)} x {args.length} b={args.budget}"
@@ -135,7 +137,7 @@ def variations(args: argparse.Namespace, store: Store, clock: Clock) -> None:
                 # the second time prompts are there
                 found = generate(llm, prompts, args.tokens)
             if settings:
-                receipts(llm)
+                ran(llm)
             store.put(key, found)
             close(llm)
             print(f"{key}: {clock.used - begin:.0f} s", flush=True)

@@ -25,7 +25,7 @@ from common import (
     generate,
     ids_of,
     on_gpu,
-    receipts,
+    ran,
     samples,
     stops,
     tokenizer,
@@ -162,7 +162,7 @@ def main() -> int:
     alone = [generate(llm, [p], new, stops())[0] for p, new in known]
     load = Load(llm, args, known)
     held = load.run(Clock(args.seconds))
-    return judge(args, store, batch, alone, load, held, receipts(llm), words)
+    return judge(args, store, batch, alone, load, held, ran(llm), words)
 
 
 def judge(args: Any, store: Store, batch: Any, alone: Any, load: Load, held: Any, done: Any, words: Any) -> int:
@@ -178,7 +178,7 @@ def judge(args: Any, store: Store, batch: Any, alone: Any, load: Load, held: Any
     settled = [h for h in held if h[0] >= held[-1][0] / 4] or held
     growth = [settled[-1][i] - settled[0][i] for i in (1, 2)]
     same = sum(t == alone[i] for i, many in load.answers.items() for t in many)
-    print(f"{load.counts}; {done.total}; kernels {done.backends}")
+    print(f"{load.counts}; {done['total']}; kernels {done['backends']}")
     if gap:
         print(f"score beside alone: {100 * gap.point:+.2f} [{100 * gap.low:+.2f}, {100 * gap.high:+.2f}] points, {len(pairs)} answers, {same} equal")  # fmt: skip
     print(f"growth after a quarter of the time: GPU {growth[0]:+.0f} MiB, host {growth[1]:+.0f} MiB")
