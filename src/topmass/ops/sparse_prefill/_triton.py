@@ -166,13 +166,17 @@ def _sparse_kernel(
     # the row's bit of a word; none for a row that reads all keys
     b_bit = m_far.to(tl.int32) << pos // QB % (LB // QB)
     # ids are read a step ahead: copies of keys and values that waited for a load of their own step could not run ahead of it
-    b_id = tl.load(ids + p_i + o_n // R, mask=o_n < count, other=0)
+    # behind the last key some key of the sequence is read, whose weight is 0: what lies elsewhere in a pool may be NaN
+    o_none = 0
+    if PAGE != FAR_PAGE:
+        o_none = tl.load(ids + p_i, mask=count > 0, other=0)
+    b_id = tl.load(ids + p_i + o_n // R, mask=o_n < count, other=o_none)
     b_w = tl.load(words + p_i + o_n // R, mask=o_n < count, other=0)
     for n in tl.range(0, count, BN, num_stages=STAGES):
         o_p = n + o_n
         m_n = o_p < count
         o_k = b_id * R + o_p % R
-        b_id = tl.load(ids + p_i + (o_p + BN) // R, mask=o_p + BN < count, other=0)
+        b_id = tl.load(ids + p_i + (o_p + BN) // R, mask=o_p + BN < count, other=o_none)
         # never outside the keys, whatever the support holds; ids that say where their rows lie were looked after before
         if PAGE == FAR_PAGE:
             o_k = tl.maximum(tl.minimum(o_k, stop - 1), 0)
