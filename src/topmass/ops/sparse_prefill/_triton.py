@@ -170,19 +170,23 @@ def _sparse_kernel(
     o_none = 0
     if PAGE != FAR_PAGE:
         o_none = tl.load(ids + p_i, mask=count > 0, other=0)
-    b_id = tl.load(ids + p_i + o_n // R, mask=o_n < count, other=o_none)
-    b_w = tl.load(words + p_i + o_n // R, mask=o_n < count, other=0)
+    # where a step holds whole groups, its places in them are those of the step before
+    WHOLE: tl.constexpr = BN % R == 0
+    o_i, o_r = o_n // R, o_n % R
+    b_id = tl.load(ids + p_i + o_i, mask=o_n < count, other=o_none)
+    b_w = tl.load(words + p_i + o_i, mask=o_n < count, other=0)
     for n in tl.range(0, count, BN, num_stages=STAGES):
         o_p = n + o_n
         m_n = o_p < count
-        o_k = b_id * R + o_p % R
-        b_id = tl.load(ids + p_i + (o_p + BN) // R, mask=o_p + BN < count, other=o_none)
+        o_k = b_id * R + (o_r if WHOLE else o_p % R)
+        o_i = o_i + BN // R if WHOLE else (o_p + BN) // R
+        b_id = tl.load(ids + p_i + o_i, mask=o_p + BN < count, other=o_none)
         # never outside the keys, whatever the support holds; ids that say where their rows lie were looked after before
         if PAGE == FAR_PAGE:
             o_k = tl.maximum(tl.minimum(o_k, stop - 1), 0)
         if MEMBER:
             m_mk = (b_w[None, :] & b_bit[:, None]) != 0
-            b_w = tl.load(words + p_i + (o_p + BN) // R, mask=o_p + BN < count, other=0)
+            b_w = tl.load(words + p_i + o_i, mask=o_p + BN < count, other=0)
         else:
             m_mk = m_n[None, :] & m_far[:, None]
         b_o, b_max, b_sum = _attend(
