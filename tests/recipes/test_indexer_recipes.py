@@ -15,7 +15,19 @@ import pytest
 from topmass.results import LoadedRun
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "indexer"
-NAMES = ("common", "gaps", "page", "training")
+NAMES = (
+    "choice",
+    "common",
+    "compared",
+    "found",
+    "gap_report",
+    "gap_tables",
+    "gaps",
+    "measure",
+    "page",
+    "promises",
+    "training",
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +37,7 @@ def recipes():
     sys.path.insert(0, str(FOLDER))
     try:
         found = SimpleNamespace(**{name: importlib.import_module(name) for name in NAMES})
-        found.gaps.SAMPLES = 40
+        found.promises.SAMPLES = 40
         yield found
     finally:
         sys.path.remove(str(FOLDER))
@@ -74,9 +86,9 @@ def runs_of(recipes, tmp_path, *, n=40, budget="1/16", trained=8192, seed=5, len
 
 
 def failures(recipes, runs) -> set[str]:
-    nine = recipes.gaps.Found(runs, recipes.common.NINE)
-    ten = recipes.gaps.Found(runs)
-    return {c.name for c in recipes.gaps.checks(runs, nine, ten) if not c.holds}
+    nine = recipes.found.Found(runs, recipes.common.NINE)
+    ten = recipes.found.Found(runs)
+    return {c.name for c in recipes.promises.checks(runs, nine, ten) if not c.holds}
 
 
 def test_shares_are_tokens_or_parts_of_the_visible_keys(recipes) -> None:
@@ -134,14 +146,14 @@ def test_every_check_can_fail(recipes, tmp_path, changes, failed) -> None:
 
 
 def test_gaps_are_steps_of_one_staircase(recipes, tmp_path) -> None:
-    found = recipes.gaps.Found(runs_of(recipes, tmp_path, oracle=0.93, indexer=0.9), recipes.common.NINE)
+    found = recipes.found.Found(runs_of(recipes, tmp_path, oracle=0.93, indexer=0.9), recipes.common.NINE)
     steps = [
         found.difference(a, b, found.lengths).point
         for a, b in (("dense", "oracle"), ("oracle", "indexer"), ("dense", "indexer"))
     ]
     assert steps[0] + steps[1] == pytest.approx(steps[2])
     assert found.difference("dense", "pooled", found.lengths) is None
-    assert "pooled" not in recipes.gaps.gap_table(found, found)
+    assert "pooled" not in recipes.gap_tables.gap_table(found, found)
 
 
 def test_the_budget_is_the_smallest_of_the_best(recipes, tmp_path) -> None:
@@ -154,7 +166,9 @@ def test_the_budget_is_the_smallest_of_the_best(recipes, tmp_path) -> None:
             if r["config"] in ("indexer", "streaming", "random", "untrained"):
                 score = 0.0 if spec == "1/32" and r["config"] == "indexer" and r["haystack"] < 10 else r["score"]
                 rows.append(r | {"config": f"{r['config']} {spec}", "keys_read_mean": keys, "score": score})
-    small, large = sorted(recipes.gaps.ranked([replace(run, records=rows)], ("1/16", "1/32")), key=lambda c: c["keys"])
+    small, large = sorted(
+        recipes.choice.ranked([replace(run, records=rows)], ("1/16", "1/32")), key=lambda c: c["keys"]
+    )
     assert (small["budget"], small["keys"]) == ("1/32", 128 / 4096)
     assert small["loss"] > large["loss"] == 0
     assert small["feasible"]
@@ -167,41 +181,41 @@ def test_the_report_names_what_keeps_a_gap_and_what_does_not(recipes, tmp_path) 
         for row in run.records:
             if row["task"] == "majority" and row["config"] == "indexer":
                 row["score"] = 0.0
-            if row["task"] == "niah_uuid" and row["config"] in recipes.gaps.SERVED:
+            if row["task"] == "niah_uuid" and row["config"] in recipes.gap_tables.SERVED:
                 row["score"] = next(
                     r["score"] for r in run.records
                     if (r["task"], r["haystack"], r["config"]) == ("niah_uuid", row["haystack"], "dense")
                 )  # fmt: skip
-    nine, ten = recipes.gaps.Found(runs, recipes.common.NINE), recipes.gaps.Found(runs)
+    nine, ten = recipes.found.Found(runs, recipes.common.NINE), recipes.found.Found(runs)
 
-    assert recipes.gaps.real_gaps(ten) == ["majority"]
-    rows, rest = recipes.gaps.task_parts(ten)
+    assert recipes.found.real_gaps(ten) == ["majority"]
+    rows, rest = recipes.gap_tables.task_parts(ten)
     assert "`majority`" in rows
     assert "`niah_uuid`" not in rows
     assert "`niah_uuid`" in rest
-    _, text = recipes.gaps.short_parts(runs, nine, ten, recipes.gaps.checks(runs, nine, ten))
+    _, text = recipes.gap_report.short_parts(runs, nine, ten, recipes.promises.checks(runs, nine, ten))
     assert "remains on `majority` and on no other task of the 10" in text
     assert "the same, ten tasks" in text.rpartition("not: ")[2]
-    missing = "\n".join(recipes.gaps.layer_parts([], ["majority"], tmp_path))
+    missing = "\n".join(recipes.gap_tables.layer_parts([], ["majority"], tmp_path))
     assert f"layers --out {tmp_path} --tasks majority" in missing
     assert "--budget" not in missing
     assert "--tasks majority --budget 1/16\n" in "\n".join(
-        recipes.gaps.layer_parts([], ["majority"], tmp_path, budget="1/16")
+        recipes.gap_tables.layer_parts([], ["majority"], tmp_path, budget="1/16")
     )
 
 
 def test_what_was_to_be_shown_stands_first_and_says_where_it_fails(recipes, tmp_path) -> None:
     runs = runs_of(recipes, tmp_path, budget="7/64,1/64")
     uniform = runs_of(recipes, tmp_path, indexer=0.9, oracle=0.9)
-    nine, ten = recipes.gaps.Found(runs, recipes.common.NINE), recipes.gaps.Found(runs)
+    nine, ten = recipes.found.Found(runs, recipes.common.NINE), recipes.found.Found(runs)
     (tmp_path / "memory.json").write_text(
         json.dumps({"shape": "a", "tokens": 32768, "target": 2.5, "ratio": 2.6, "modes": {"step": {"peak_gib": 21.0}}})
     )
     checks = ["PASS  one curve: mean distance 1e-06 nats", "Throughput: 1.50 times that of one process."]
     (tmp_path / "two-gpus.json").write_text(json.dumps({"checks": checks, "throughput_ratio": 1.5}))
 
-    head, lines = recipes.gaps.short_parts(
-        runs, nine, ten, recipes.gaps.checks(runs, nine, ten), uniform=uniform, out=tmp_path
+    head, lines = recipes.gap_report.short_parts(
+        runs, nine, ten, recipes.promises.checks(runs, nine, ten), uniform=uniform, out=tmp_path
     )
     holds = {row.split(" | ")[0].strip("| "): row.split(" | ")[-1].strip("| ") for row in head.splitlines()}
 
@@ -221,32 +235,85 @@ def test_a_budget_in_every_layer_is_shown_with_what_fails(recipes, tmp_path) -> 
     runs = runs_of(recipes, tmp_path, indexer=0.8, oracle=0.82)
     (tmp_path / "choice.json").unlink()
     runs[1].manifest["stopped"] = "out of time after 7 rows"
-    text = "\n".join(recipes.gaps.uniform_parts(runs))
+    text = "\n".join(recipes.gap_report.uniform_parts(runs))
     assert "FAIL  indexer within 1 point" in text
     assert "budget chosen on other seeds" not in text
     assert "sharing" not in text
     assert "8,192 tokens: out of time after 7 rows" in text
 
 
-def test_a_run_that_is_closed_says_where_it_stopped(recipes, tmp_path, monkeypatch) -> None:
-    gaps = recipes.gaps
-    args = SimpleNamespace(device="cpu", out=tmp_path, seconds=1e9, close=True, batch_tokens=512)
-    bench = gaps.Bench(args, None)
-    monkeypatch.setattr(gaps.Library, "order", lambda *_: None)
-    monkeypatch.setattr(gaps.Bench, "load", lambda self: setattr(self, "hash", "x"))
-    monkeypatch.setattr(gaps, "describe_device", lambda model: "a device")
-    row = rows_of(recipes, 512, n=1, scores={"dense": 1.0}, budget=1 / 16)[0]
+@pytest.fixture
+def work(recipes, monkeypatch):
+    """A run of two haystacks, whose processes have time for one at each start."""
+    measure = recipes.measure
+    rows = rows_of(recipes, 512, n=2, scores={"dense": 1.0}, budget=1 / 16)[:2]
 
     def block(self, work, library, run, lo, hi) -> None:
-        run.append([row])
+        run.append([rows[len(run.rows)]])
         raise TimeoutError
 
-    monkeypatch.setattr(gaps.Bench, "_block", block)
-    work = gaps.Work(
-        part="test", length=512, tasks=("niah_single",), seed=5, selectors={}, counts={"dense": 2}, facts={}
+    monkeypatch.setattr(measure.Library, "order", lambda *_: None)
+    monkeypatch.setattr(measure.Bench, "load", lambda self: setattr(self, "hash", "x"))
+    monkeypatch.setattr(measure.Bench, "_block", block)
+    monkeypatch.setattr(measure, "describe_device", lambda model: "a device")
+    return measure.Work(
+        part="test", length=512, tasks=(rows[0]["task"],), seed=5, selectors={}, counts={"dense": 2}, facts={}
     )
-    assert bench.measure(work)
-    assert json.loads((tmp_path / "test-512" / "manifest.json").read_text())["stopped"] == "out of time after 1 rows"
+
+
+def started(recipes, out, **changes):
+    """A process of gaps.py with time enough."""
+    settings = {"device": "cpu", "out": out, "seconds": 1e9, "close": False, "batch_tokens": 512, **changes}
+    return recipes.measure.Bench(SimpleNamespace(**settings), None)
+
+
+def manifest_of(run):
+    return json.loads((run / "manifest.json").read_text())
+
+
+def test_a_run_that_is_closed_says_where_it_stopped(recipes, tmp_path, work) -> None:
+    assert started(recipes, tmp_path, close=True).measure(work)
+    manifest = manifest_of(tmp_path / "test-512")
+    assert manifest["stopped"] == "out of time after 1 rows"
+    assert len(manifest["attempts"]) == 1
+
+
+def test_a_process_that_is_late_closes_a_run_without_an_attempt(recipes, tmp_path, work, monkeypatch) -> None:
+    assert not started(recipes, tmp_path).measure(work)
+    before = manifest_of(tmp_path / "test-512.partial")
+    monkeypatch.setattr(recipes.measure.Bench, "load", lambda self: pytest.fail("the model is not needed"))
+
+    assert not started(recipes, tmp_path, seconds=0).measure(work)
+    assert manifest_of(tmp_path / "test-512.partial") == before
+    # as a process that is killed leaves it
+    with (tmp_path / "test-512.partial" / "journal.jsonl").open("a") as journal:
+        journal.write("[[")
+    assert started(recipes, tmp_path, seconds=0, close=True).measure(work)
+
+    (run,) = recipes.found.load_parts(tmp_path, "test")
+    assert len(run.records) == 1
+    assert run.manifest["attempts"] == before["attempts"]
+    assert run.manifest["stopped"] == "out of time after 1 rows"
+
+
+def test_a_model_that_loads_for_too_long_logs_no_attempt(recipes, tmp_path, work, monkeypatch) -> None:
+    monkeypatch.setattr(recipes.measure.Bench, "load", lambda self: setattr(self.args, "seconds", 0))
+    assert not started(recipes, tmp_path).measure(work)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_has_all_its_rows_is_closed_as_complete(recipes, tmp_path, work) -> None:
+    for _ in range(2):
+        assert not started(recipes, tmp_path).measure(work)
+    assert started(recipes, tmp_path, seconds=0, close=True).measure(work)
+    manifest = manifest_of(tmp_path / "test-512")
+    assert "stopped" not in manifest
+    assert (manifest["rows"], len(manifest["attempts"])) == (2, 2)
+
+
+def test_a_run_without_rows_is_not_published(recipes, tmp_path, work) -> None:
+    assert not started(recipes, tmp_path, seconds=0, close=True).measure(work)
+    assert list(tmp_path.iterdir()) == []
 
 
 def layer_run(recipes, tmp_path, tasks):
@@ -263,7 +330,7 @@ def layer_run(recipes, tmp_path, tasks):
 
 def test_the_layer_that_loses_is_named(recipes, tmp_path) -> None:
     run = layer_run(recipes, tmp_path, ("majority",))
-    words = recipes.gaps.layer_parts([run], ["majority"], tmp_path)[1]
+    words = recipes.gap_tables.layer_parts([run], ["majority"], tmp_path)[1]
     assert words.startswith("`majority`: with the indexer the loss is in layer 3 (")
     assert "not told from zero: layer 7 0.0 [" in words
     assert "with layer 7 sparse on 0 of 40." in words
@@ -271,8 +338,8 @@ def test_the_layer_that_loses_is_named(recipes, tmp_path) -> None:
 
 def test_tasks_together_tell_which_layer_loses_more(recipes, tmp_path) -> None:
     run = layer_run(recipes, tmp_path, ("majority", "common_words"))
-    found = recipes.gaps.Found([run])
-    text = recipes.gaps.layers_together(found)
+    found = recipes.found.Found([run])
+    text = recipes.gap_tables.layers_together(found)
     assert text.startswith("`common_words` and `majority` together: layer 3 loses ")
     assert "points more in layer 3 than in layer 7." in text
     n, of = found.changed("indexer layer 3", "majority")
@@ -282,7 +349,7 @@ def test_tasks_together_tell_which_layer_loses_more(recipes, tmp_path) -> None:
 def test_a_device_is_named_for_the_lengths_that_it_ran(recipes, tmp_path) -> None:
     runs = runs_of(recipes, tmp_path)
     runs[2].manifest["attempts"] = [{"device": "a GPU, bfloat16"}, {"device": "another GPU, bfloat16"}]
-    assert recipes.gaps.devices(runs) == "a GPU (4,096, 8,192 tokens); a GPU and another GPU (16,384 tokens)"
+    assert recipes.gap_report.devices(runs) == "a GPU (4,096, 8,192 tokens); a GPU and another GPU (16,384 tokens)"
 
 
 def test_a_budget_by_mass_is_compared_at_equal_keys(recipes) -> None:
