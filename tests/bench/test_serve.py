@@ -12,6 +12,7 @@ from topmass.bench.serve_models import prepare, untrained_indexer, vocabulary_of
 from topmass.bench.serve_worker import drive
 from topmass.cli import main
 from topmass.errors import ConfigError
+from topmass.integrations.transformers.reference import REFERENCE
 from topmass.report.serve import ServeTable, answers, line
 from topmass.results import LoadedRun, load_run
 from topmass.results.schema import SERVE_METRICS, check_rows
@@ -149,6 +150,14 @@ def test_a_text_needs_a_model_with_words(tmp_path: Path) -> None:
     launch, _ = prepare("reference", setting, tmp_path, text=text)
     assert len(launch.text) > 64
     assert max(launch.text) < launch.vocabulary
+    # without a file it is the needle task's, and more than a prompt of it
+    assert len(prepare("reference", setting, tmp_path)[0].text) > 100
+    assert not prepare("tiny", setting, tmp_path)[0].text
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text((REFERENCE / "config.json").read_text())
+    said: list[str] = []
+    assert not prepare(str(tmp_path / "bare"), setting, tmp_path, say=said.append)[0].text
+    assert any("no tokenizer, so prompts are random" in line for line in said)
     with pytest.raises(ConfigError, match="The shape tiny has no words"):
         prepare("tiny", setting, tmp_path, text=text)
     with pytest.raises(ConfigError, match="cannot be read as UTF-8 text"):

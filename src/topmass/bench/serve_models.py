@@ -11,7 +11,8 @@ import torch
 from topmass.bench.models import MODELS, POSITIONS, is_shape
 from topmass.bench.serve import ServeSetting
 from topmass.bench.serve_engines import Launch
-from topmass.errors import ConfigError
+from topmass.errors import ConfigError, DataError
+from topmass.integrations.transformers.load import load_tokenizer
 from topmass.integrations.transformers.reference import REFERENCE
 from topmass.selection.indexer import Indexer, IndexerConfig, ModelFingerprint, rotary_width
 
@@ -38,13 +39,15 @@ def prepare(
         model: A shape with random weights, `reference`, or a directory.
         folder: Where a shape and an untrained indexer are written.
         indexer: Directory, or `reference`. `None` takes what the setting's `config` names, else an untrained one.
-        text: File that prompts are windows of, for a model with a tokenizer. `None` draws random tokens.
+        text: File that prompts are windows of. `None` takes text of the needle task, and random tokens for a shape or a model
+            without a tokenizer.
         dim: Width of an untrained indexer's queries and keys.
         kv_block: Keys that it takes together.
         say: Called with what people should know.
 
     Raises:
-        ConfigError: There is no such model, or no such text, or no tokenizer for it.
+        ConfigError: There is no such model, or no such text.
+        DataError: The model has no tokenizer for the text.
     """
     options: dict[str, Any] = {}
     if shape := is_shape(model):
@@ -64,7 +67,7 @@ def prepare(
         indexer = str(untrained_indexer(where, folder / "indexer", dim=dim, kv_block=kv_block))
     if shape and text is not None:
         raise ConfigError(f"The shape {model} has no words to read {text} with; name a model, or leave the text out.")
-    ids = () if text is None else read_tokens(where, text)
+    ids = [] if shape else _needles(where, max(setting.lengths), say) if text is None else read_tokens(where, text)
     launch = Launch(model=str(where), vocabulary=vocabulary_of(where), text=ids, indexer=indexer or "", options=options)
     return launch, {"model": model, "weights_hash": None if shape else _digest(where), "device": device}
 
@@ -133,19 +136,27 @@ def read_tokens(model: str | Path, text: Path) -> list[int]:
     """Token ids of a UTF-8 file.
 
     Raises:
-        ConfigError: The file or the model's tokenizer cannot be read.
+        ConfigError: The file cannot be read.
+        DataError: The model has no tokenizer.
     """
-    from transformers import AutoTokenizer
-
     try:
         words = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{text} cannot be read as UTF-8 text: {error}.") from error
+    return load_tokenizer(str(model))(words, add_special_tokens=False)["input_ids"]
+
+
+def _needles(model: Path, length: int, say: Callable[[str], Any]) -> list[int]:
+    """Text of the evaluation's needle task, somewhat longer than a prompt, as `topmass bench ttft` reads it."""
+    from topmass.eval.tasks import make_samples
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(model))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{model} has no tokenizer to read {text} with; leave the text out.") from error
-    return tokenizer(words, add_special_tokens=False)["input_ids"]
+        tokenizer = load_tokenizer(str(model))
+    except DataError:
+        say("warning: the model has no tokenizer, so prompts are random tokens, which cost the sparse mode most")
+        return []
+    (sample,) = make_samples("niah_single", tokenizer, length=2 * max(length, 1024), n=1)
+    return tokenizer(sample.context, add_special_tokens=False)["input_ids"]
 
 
 def untrained_indexer(model: str | Path, folder: Path, *, dim: int = 64, kv_block: int = 1) -> Path:

@@ -28,7 +28,7 @@ class ServeConfig:
         requests: Requests of each mode at a length and rate.
         new_tokens: Tokens that each request generates.
         shared: Share of a prompt that all prompts begin with; above 0 the prefix cache is on.
-        text: UTF-8 file that prompts are windows of; default random tokens.
+        text: UTF-8 file that prompts are windows of; default text of the needle task, and random tokens for a shape.
         repeat: Times that each random token comes in a row: 1 costs the sparse mode most, 32 about what text does.
         modes: The engine as it is, with the indexer, and with attention replaced by a copy of the values.
         drivers: The engine alone, and the OpenAI-compatible server.
@@ -107,7 +107,11 @@ def serve(
             "serve",
             out or run_name("serve", model),
             asdict(settings)
-            | {"serve": str(settings.serve or ""), "text": str(settings.text or ""), "interleave": setting.interleave},
+            | {
+                "serve": str(settings.serve or ""),
+                "text": str(settings.text or ("the needle task's text" if launch.text else "")),
+                "interleave": setting.interleave,
+            },
             facts,
             lambda run, report: bench_serve(launch, setting, run=run, progress=report),
             seed=settings.seed,

@@ -10,7 +10,7 @@ import torch
 from topmass.errors import ConfigError, DataError, UnsupportedModelError
 from topmass.integrations.transformers.reference import load_reference
 
-__all__ = ["check_finite", "describe_device", "load_model", "weights_hash"]
+__all__ = ["check_finite", "describe_device", "load_model", "load_tokenizer", "weights_hash"]
 
 
 def load_model(name: str, *, dtype: str | torch.dtype | None = None, device: str = "auto") -> tuple[Any, Any]:
@@ -122,7 +122,7 @@ def _pretrained(name: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
     kind = "auto" if dtype is None else dtype
     try:
         config = transformers.AutoConfig.from_pretrained(name)
-        tokenizer = _tokenizer(name)
+        tokenizer = load_tokenizer(name)
         auto: Any = transformers.AutoModelForCausalLM
         if type(config) not in auto._model_mapping:
             auto = transformers.AutoModelForImageTextToText
@@ -140,7 +140,12 @@ def _pretrained(name: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
         ) from error
 
 
-def _tokenizer(name: str) -> Any:
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model: a directory, or a hub id.
+
+    Raises:
+        DataError: There is none that tells texts apart.
+    """
     import transformers
 
     missing = DataError(
