@@ -26,7 +26,7 @@ from topmass.bench.models import build_model
 from topmass.bench.modes import Mode
 from topmass.bench.timing import now, rotation
 from topmass.bench.ttft import describe_linear, random_prompts
-from topmass.integrations.transformers.index_keys import describe_model, index_configs
+from topmass.integrations.transformers.index_features import describe_model, index_configs
 from topmass.integrations.transformers.linear import fast_linear_attention
 from topmass.integrations.transformers.load import describe_device
 

@@ -43,7 +43,7 @@ from topmass.bench.ttft_gate import _exactly, _plainly
 from topmass.core.support import Support
 from topmass.errors import BackendUnavailableError, ConfigError
 from topmass.integrations.transformers._session import LayerCall
-from topmass.integrations.transformers.index_keys import describe_model, index_configs
+from topmass.integrations.transformers.index_features import describe_model, index_configs
 from topmass.integrations.transformers.linear import fast_linear_attention
 from topmass.ops import sparse_prefill
 

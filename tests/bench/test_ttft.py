@@ -12,7 +12,8 @@ import topmass
 from topmass.bench import modes as ways
 from topmass.bench.models import MODELS, build_model, is_shape
 from topmass.bench.shapes import SHAPES
-from topmass.bench.ttft import Setting, _prefill, bench_ttft, make_modes, random_prompts, text_prompts
+from topmass.bench.ttft import Setting, bench_ttft, make_modes, random_prompts, text_prompts
+from topmass.bench.ttft_clock import prefill
 from topmass.bench.ttft_gate import check_mode
 from topmass.cli import main
 from topmass.errors import ConfigError
@@ -111,7 +112,7 @@ def test_chunks_give_the_same_logits_and_are_timed_whole() -> None:
     assert rows_of(rows, "sdpa", "keys_read_mean")[0]["value"] == 25.5
     ids = random_prompts(model)(1, 50)
     with torch.inference_mode():
-        whole, parts = (_prefill(model, ids, chunk)[0] for chunk in (0, 16))
+        whole, parts = (prefill(model, ids, chunk)[0] for chunk in (0, 16))
     torch.testing.assert_close(parts, whole)
     with pytest.raises(ConfigError, match="chunk=20 splits query blocks of 8"):
         replace(SMALL, chunk=20)

@@ -17,9 +17,9 @@ from topmass.core.granularity import Granularity
 from topmass.errors import UnsupportedModelError
 from topmass.integrations.transformers._session import Session
 from topmass.integrations.transformers.families import family_of, find_layers, list_families, list_refused
-from topmass.integrations.transformers.index_keys import describe_model, index_configs, index_features, index_rope
+from topmass.integrations.transformers.index_features import describe_model, index_configs, index_features
 from topmass.ops.dense_prefill import dense_prefill
-from topmass.selection.indexer import Indexer
+from topmass.selection.indexer import Indexer, index_rope
 
 pytestmark = pytest.mark.usefixtures("float64_throughout")
 N = 61

@@ -15,9 +15,10 @@ from topmass.errors import ConfigError
 from topmass.integrations.transformers import index_keys
 from topmass.integrations.transformers._session import Session
 from topmass.integrations.transformers.families import find_layers
-from topmass.integrations.transformers.index_keys import IndexKeys, RopeInfo, describe_model, index_configs, index_rope
+from topmass.integrations.transformers.index_features import RopeInfo, describe_model, index_configs
+from topmass.integrations.transformers.index_keys import IndexKeys
 from topmass.ops import _logits
-from topmass.selection.indexer import Indexer
+from topmass.selection.indexer import Indexer, index_rope
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 FAMILIES = ("qwen3_5", "qwen3_5_vl", "qwen3_next", "qwen3", "qwen2", "llama", "mistral", "gemma3")

@@ -39,7 +39,7 @@ def model(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     """The shipped checkpoint, with an untrained indexer."""
-    from topmass.integrations.transformers.index_keys import describe_model, index_configs
+    from topmass.integrations.transformers.index_features import describe_model, index_configs
     from topmass.selection.indexer import Indexer
 
     folder = tmp_path_factory.mktemp("reference")

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 import topmass
-from topmass.integrations.transformers.index_keys import describe_model, index_configs
+from topmass.integrations.transformers.index_features import describe_model, index_configs
 from topmass.selection.indexer import Indexer
 
 SIZES = {

@@ -7,7 +7,8 @@ import torch
 
 import topmass
 from topmass.bench.inputs import union_growth
-from topmass.bench.ttft import Prompts, fast_linear_attention
+from topmass.bench.ttft import Prompts
+from topmass.integrations.transformers.linear import fast_linear_attention
 from topmass.selection.base import Selector
 
 __all__ = ["model_growth"]

@@ -6,22 +6,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from topmass.bench import gates
 from topmass.bench.baselines import baselines_for
-from topmass.bench.inputs import TILE, Inputs, drifting_queries, find_keep, make_inputs, select, union_growth
+from topmass.bench.inputs import TILE, Inputs, drifting_queries, find_keep, make_inputs
+from topmass.bench.kernel_cases import Case, Entry, kl_case, layer_case, oracle_case
 from topmass.bench.shapes import Shape, shape_of
 from topmass.bench.timing import FLUSH_BYTES, time_rounds
 from topmass.core.budget import Budget, BudgetLike
 from topmass.core.granularity import Granularity
 from topmass.core.rule import SupportRule
-from topmass.core.support import Support
-from topmass.distill import indexer_kl
 from topmass.errors import ConfigError
-from topmass.ops import dense_lse, pooled_mass, sparse_prefill, tile_union, topk_support
-from topmass.ops._logits import rows_that_fit
 from topmass.results import Run
 
 __all__ = ["Setting", "What", "bench_kernels"]
@@ -30,12 +25,8 @@ What = Literal["layer", "oracle", "kl"]
 
 # how far a prompt without an asked growth drifts: neighbours correlate by this much
 KEEP = 0.99
-# ids and words that the union stage may hold at a time, as the kernel's launcher does
-UNION_SLOTS = 2**25
 # sizes of the ceilings: bytes copied and edge of the matrices
 COPY_BYTES, EDGE = 2**31, 8192
-# query blocks at which the KL's gradient is checked
-KL_ROWS = 32
 
 Progress = Callable[[int, int, str], None]
 
@@ -114,26 +105,6 @@ class Setting:
     def label(self, growth: float | None) -> str:
         """Short name of a configuration."""
         return f"b={self.budget} {self.rule.granularity}" + ("" if growth is None else f" u={growth:g}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Entry:
-    """One thing that is timed. `flop` and `bytes` are those that the result needs, not those spent."""
-
-    run: Callable[[], object]
-    role: str
-    backend: str
-    flop: float | None = None
-    bytes: float | None = None
-
-
-@dataclass(slots=True, kw_only=True)
-class _Case:
-    """Everything that is timed together, the check of it, and what is known of the inputs."""
-
-    entries: dict[str, _Entry]
-    checks: dict[str, Callable[[], gates.Metrics]]
-    facts: dict[str, tuple[float, str]] = field(default_factory=dict)
 
 
 def bench_kernels(
@@ -236,8 +207,10 @@ def _measure(
         yield record.rows
 
 
-def _case(setting: Setting, inputs: Inputs, what: What) -> _Case:
-    return {"layer": _layer, "oracle": _oracle, "kl": _kl}[what](setting, inputs)
+def _case(setting: Setting, inputs: Inputs, what: What) -> Case:
+    if what == "kl":
+        return kl_case(inputs, setting.rule.granularity)
+    return {"layer": layer_case, "oracle": oracle_case}[what](inputs, setting.rule, setting.kernels)
 
 
 @dataclass(slots=True)
@@ -250,7 +223,7 @@ class _Recorder:
     growth: float | None
     rows: list[dict[str, Any]] = field(default_factory=list)
 
-    def entry(self, name: str, entry: _Entry, milliseconds: list[float], gate: gates.Metrics) -> None:
+    def entry(self, name: str, entry: Entry, milliseconds: list[float], gate: gates.Metrics) -> None:
         """Times of every round, work, and what the check measured."""
         for i, value in enumerate(milliseconds):
             self.add(name, entry, "time", value, "ms", i)
@@ -262,11 +235,11 @@ class _Recorder:
 
     def absent(self, name: str, reason: str) -> None:
         """A baseline that is not here."""
-        entry = _Entry(run=lambda: None, role="dense", backend=name)
+        entry = Entry(run=lambda: None, role="dense", backend=name)
         self.add(name, entry, "time", None, "ms", status=reason)
 
     def add(
-        self, name: str, entry: _Entry, metric: str, value: float | None, unit: str, i: int = -1, status: str = "ok"
+        self, name: str, entry: Entry, metric: str, value: float | None, unit: str, i: int = -1, status: str = "ok"
     ) -> None:
         """One row."""
         setting, shape = self.setting, self.setting.layer
@@ -323,11 +296,11 @@ def _at_growth(setting: Setting, inputs: Inputs, growth: float | None) -> Inputs
 
 def _dense_entries(
     setting: Setting, inputs: Inputs
-) -> tuple[dict[str, _Entry], dict[str, gates.Metrics], dict[str, str]]:
+) -> tuple[dict[str, Entry], dict[str, gates.Metrics], dict[str, str]]:
     """The dense kernels that run, what the check of each measured, and why the others do not run."""
     there, absent = baselines_for(setting.device)
     n, shape = inputs.q.shape[1], setting.layer
-    entries: dict[str, _Entry] = {}
+    entries: dict[str, Entry] = {}
     passed: dict[str, gates.Metrics] = {}
     for b in there:
         run = functools.partial(b.run, inputs.q, inputs.k, inputs.v)
@@ -339,179 +312,20 @@ def _dense_entries(
             continue
         passed[b.name] = gates.check_dense(inputs, out, setting.rule, b.name)
         flop = 2.0 * shape.q_heads * shape.head_dim * n * (n + 1)
-        entries[b.name] = _Entry(run=run, role="dense", backend=b.name, flop=flop)
+        entries[b.name] = Entry(run=run, role="dense", backend=b.name, flop=flop)
     return entries, passed, absent
 
 
-def _ceilings(setting: Setting) -> dict[str, _Entry]:
+def _ceilings(setting: Setting) -> dict[str, Entry]:
     """What the device can do: bytes moved by a copy, products of two matrices in the dtype of the inputs."""
     size, edge = (COPY_BYTES, EDGE) if setting.on_gpu else (2**24, 256)
     source = torch.zeros(size, dtype=torch.uint8, device=setting.device)
     target = torch.zeros_like(source)
     a, b = (torch.randn(edge, edge, device=setting.device).to(setting.dtype) for _ in range(2))
     return {
-        "copy": _Entry(run=lambda: target.copy_(source), role="ceiling", backend="torch", bytes=2.0 * size),
-        "matmul": _Entry(run=lambda: a @ b, role="ceiling", backend="torch", flop=2.0 * edge**3),
+        "copy": Entry(run=lambda: target.copy_(source), role="ceiling", backend="torch", bytes=2.0 * size),
+        "matmul": Entry(run=lambda: a @ b, role="ceiling", backend="torch", flop=2.0 * edge**3),
     }
-
-
-# -- the layer
-
-
-def _layer(setting: Setting, inputs: Inputs) -> _Case:
-    rule, kernels = setting.rule, setting.kernels
-
-    def index() -> Support:
-        return select(inputs.iq, inputs.ik, rule, start=0, backend=kernels)
-
-    def attend(support: Support) -> Tensor:
-        return sparse_prefill(inputs.q, inputs.k, inputs.v, support, backend=kernels)[0]
-
-    support = index()
-    growth = union_growth(support, backend=kernels)
-    index_flop, attend_flop = _index_flop(setting, inputs), _attend_flop(setting, support)
-    index_bytes, attend_bytes = _index_bytes(setting, inputs), _attend_bytes(inputs, support, growth or 1.0)
-    entries = {
-        "index": _Entry(run=index, role="stage", backend=kernels, flop=index_flop, bytes=index_bytes),
-        "attend": _Entry(
-            run=lambda: attend(support), role="stage", backend=kernels, flop=attend_flop, bytes=attend_bytes
-        ),
-        "layer": _Entry(run=lambda: attend(index()), role="total", backend=kernels, flop=index_flop + attend_flop),
-    }
-    if setting.q_block < TILE:
-        # part of `attend`; timed alone to say how large a part
-        entries["union"] = _Entry(run=lambda: _unions(support, kernels), role="part", backend=kernels)
-    facts = {"keys_read_mean": (support.keys_read().double().mean().item(), "keys/query")}
-    if growth is not None:
-        facts["union_growth"] = (growth, "ratio")
-    return _Case(
-        entries=entries,
-        checks={
-            "index": lambda: gates.check_index(inputs, support, rule),
-            "attend": lambda: gates.check_attention(inputs, support, attend(support), rule),
-            "layer": lambda: _same(attend(index()), attend(support)),
-        },
-        facts=facts,
-    )
-
-
-def _same(a: Tensor, b: Tensor) -> gates.Metrics:
-    if not torch.equal(a, b):
-        raise AssertionError("The same inputs gave another result the second time.")
-    return {}
-
-
-def _unions(support: Support, backend: str) -> None:
-    slots = TILE // support.granularity.q_block * max(support.groups.shape[-1], 1)
-    step = max(UNION_SLOTS // slots, 1) * TILE
-    for lo in range(0, support.q_len, step):
-        tile_union(support.rows(lo, min(lo + step, support.q_len)), tile=TILE, backend=backend)
-
-
-def _index_flop(setting: Setting, inputs: Inputs) -> float:
-    # every query against every group of its past
-    n = inputs.q.shape[1]
-    return setting.dim * n * (n + 1) / setting.kv_block
-
-
-def _attend_flop(setting: Setting, support: Support) -> float:
-    shape = setting.layer
-    return 4.0 * shape.q_heads * shape.head_dim * support.keys_read().double().sum().item()
-
-
-def _index_bytes(setting: Setting, inputs: Inputs) -> float:
-    # a float16 score of every query block and group of its past, written and read once
-    n = inputs.q.shape[1]
-    return 2.0 * n * (n + 1) / (setting.kv_block * setting.q_block)
-
-
-def _attend_bytes(inputs: Inputs, support: Support, growth: float) -> float:
-    # keys and values of the union once a tile; queries and outputs once
-    rows = 2.0 * inputs.k[0, 0].numel() * support.keys_read().double().sum().item() * growth / TILE
-    return (rows + 2.0 * inputs.q.numel()) * inputs.k.element_size()
-
-
-# -- the oracle
-
-
-def _oracle(setting: Setting, inputs: Inputs) -> _Case:
-    rule, kernels = setting.rule, setting.kernels
-    normaliser = "flash2" if setting.on_gpu else "reference"
-
-    def lse() -> Tensor:
-        return dense_lse(inputs.q, inputs.k, inputs.v, scale=inputs.scale, backend=normaliser)[1]
-
-    def choose(norm: Tensor) -> Support:
-        return _oracle_support(inputs, norm, rule, kernels)
-
-    def attend(support: Support) -> Tensor:
-        return sparse_prefill(inputs.q, inputs.k, inputs.v, support, backend=kernels)[0]
-
-    norm = lse()
-    support = choose(norm)
-    return _Case(
-        entries={
-            "lse": _Entry(run=lse, role="stage", backend=normaliser),
-            "select": _Entry(run=lambda: choose(norm), role="stage", backend=kernels),
-            "attend": _Entry(
-                run=lambda: attend(support), role="stage", backend=kernels, flop=_attend_flop(setting, support)
-            ),
-            "oracle": _Entry(run=lambda: attend(choose(lse())), role="total", backend=kernels),
-        },
-        checks={
-            "select": lambda: gates.check_oracle(inputs, support, rule),
-            "attend": lambda: gates.check_attention(inputs, support, attend(support), rule),
-        },
-        facts={"keys_read_mean": (support.keys_read().double().mean().item(), "keys/query")},
-    )
-
-
-def _oracle_support(inputs: Inputs, lse: Float[Tensor, "1 len q_heads"], rule: SupportRule, backend: str) -> Support:
-    """Chunks of whole query blocks: mass at the granularity, then the best groups; never N x N."""
-    n, unit = inputs.q.shape[1], rule.granularity
-    # the mass, and what the top-k needs beside it
-    step = rows_that_fit(inputs.q, n, heads=2, multiple=unit.q_block)
-    parts = []
-    for a in range(0, n, step):
-        z = min(a + step, n)
-        mass, _ = pooled_mass(
-            inputs.q[:, a:z],
-            inputs.k[:, :z],
-            lse[:, a:z],
-            scale=inputs.scale,
-            granularity=unit,
-            q_start=a,
-            backend=backend,
-        )
-        parts.append(topk_support(mass, rule=rule, q_start=a, q_len=z - a, backend=backend))
-    return Support.cat(parts)
-
-
-# -- the indexer's loss
-
-
-def _kl(setting: Setting, inputs: Inputs) -> _Case:
-    normaliser = "flash2" if setting.on_gpu else "reference"
-    unit = setting.rule.granularity
-    lse = dense_lse(inputs.q, inputs.k, inputs.v, scale=inputs.scale, backend=normaliser)[1]
-    iq, ik = (x.detach().clone().requires_grad_() for x in (inputs.iq, inputs.ik))
-
-    def loss(grad: bool) -> None:
-        with torch.set_grad_enabled(grad):
-            value = indexer_kl(inputs.q, inputs.k, lse, iq, ik, scale=inputs.scale, granularity=unit)
-            if grad:
-                torch.autograd.grad(value, (iq, ik))
-
-    blocks = -(-inputs.q.shape[1] // unit.q_block)
-    rows = torch.linspace(0, blocks - 1, min(KL_ROWS, blocks)).long().unique()
-    return _Case(
-        entries={
-            # what the rest takes is in `kl` minus this
-            "loss": _Entry(run=lambda: loss(False), role="part", backend="auto"),
-            "kl": _Entry(run=lambda: loss(True), role="total", backend="auto"),
-        },
-        checks={"kl": lambda: gates.check_kl(inputs, lse, unit, rows)},
-    )
 
 
 def _peak(fn: Callable[[], object], device: str) -> float:

@@ -4,25 +4,23 @@ import functools
 import gc
 import importlib.util
 import json
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from topmass.bench.baselines import baselines_for
-from topmass.bench.modes import FLOOR, STOCK, Handle, Mode, copy_values, dense_mode
-from topmass.bench.timing import now, rotation
+from topmass.bench.modes import FLOOR, STOCK, Mode, copy_values, dense_mode
+from topmass.bench.timing import rotation
+from topmass.bench.ttft_clock import prefill, time_prompt
 from topmass.bench.ttft_gate import GATE, SINK, check_mode
 from topmass.core.granularity import Granularity
 from topmass.errors import ConfigError
 from topmass.eval.settings import Infeasible, columns, label
-from topmass.integrations.transformers.families import find_layers
-from topmass.integrations.transformers.index_keys import describe_model, index_configs
+from topmass.integrations.transformers.index_features import describe_model, index_configs
 from topmass.integrations.transformers.linear import fast_linear_attention
 from topmass.integrations.transformers.sparsify import LayerReceipt
 from topmass.results import Run
@@ -43,9 +41,6 @@ __all__ = ["Kind", "Setting", "bench_ttft", "describe_linear", "make_modes", "ra
 Kind = Literal["indexer", "streaming", "pooled", "random", "oracle"]
 Progress = Callable[[int, int, str], None]
 Prompts = Callable[[int, int], Int[Tensor, "batch len"]]
-
-# a prompt run before the clock starts, so that what is loaded on first use is there
-WAKE = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -301,7 +296,7 @@ def _name(selector: Selector | Infeasible, indexers: Sequence[Indexer]) -> str:
     return f"{text} {own['indexer'][:6]}" if several and "indexer" in own else text
 
 
-# -- the check, and the clock
+# -- the check, and the rounds
 
 
 def _check_all(
@@ -316,7 +311,7 @@ def _check_all(
             checked[name] = check_mode(model, mode, ids)
             if setting.chunk and ids.shape[1] > 1 and mode.role == "dense":
                 with mode.running(model):
-                    _prefill(model, ids, -(-ids.shape[1] // 2))
+                    prefill(model, ids, -(-ids.shape[1] // 2))
         except (ImportError, RuntimeError) as error:
             if mode.role == "sparse":
                 raise
@@ -332,7 +327,7 @@ def _measure(
     live = [name for name, one in found.items() if one.status == "ok"]
     for i in range(setting.rounds):
         for name in rotation(live, i):
-            values, _, _ = _timed(model, modes[name], ids, setting)
+            values, _, _ = time_prompt(model, modes[name], ids, chunk=setting.chunk, new_tokens=setting.new_tokens)
             for metric, value in values.items():
                 found[name].rounds.setdefault(metric, []).append(value)
     return found
@@ -341,7 +336,7 @@ def _measure(
 def _first(model: nn.Module, mode: Mode, ids: Int[Tensor, "batch len"], setting: Setting) -> _Measured:
     """An untimed call: compiles and tunes kernels, and says what does not change between rounds."""
     try:
-        _, layers, once = _timed(model, mode, ids, setting)
+        _, layers, once = time_prompt(model, mode, ids, chunk=setting.chunk, new_tokens=setting.new_tokens)
     except torch.OutOfMemoryError:
         layers, once = (), None
     if once is None:
@@ -352,100 +347,6 @@ def _first(model: nn.Module, mode: Mode, ids: Int[Tensor, "batch len"], setting:
     if layers:
         once["keys_read_mean"] = sum(x.keys_read_mean for x in layers) / len(layers)
     return _Measured(once=once, layers=layers)
-
-
-def _timed(
-    model: Any, mode: Mode, ids: Int[Tensor, "batch len"], setting: Setting
-) -> tuple[dict[str, float], Sequence[LayerReceipt], dict[str, float]]:
-    """Times, receipts of the prompt and sizes of its cache, in one pass."""
-    with mode.running(model) as handle, _layer_clock(model) as layer_time:
-        _prefill(model, ids[:, :WAKE], 0)
-        # events can be read once they have happened
-        now(ids.device)
-        handle.clear()
-        layer_time()
-        if ids.is_cuda:
-            torch.cuda.reset_peak_memory_stats(ids.device)
-        start = now(ids.device)
-        logits, cache = _prefill(model, ids, setting.chunk)
-        logits.cpu()
-        values = {"ttft": now(ids.device) - start, "layer": layer_time()}
-        receipts = _snapshot(handle)
-        sizes = _sizes(cache)
-        if ids.is_cuda:
-            sizes["peak_memory"] = torch.cuda.max_memory_allocated(ids.device) / 2**30
-        if setting.new_tokens:
-            values["tpot"] = _decode(model, logits, cache, setting.new_tokens)
-    return values, receipts, sizes
-
-
-def _prefill(model: Any, ids: Int[Tensor, "batch len"], chunk: int) -> tuple[Float[Tensor, "batch 1 vocab"], Any]:
-    logits, cache = None, None
-    for part in ids.split(chunk or ids.shape[1], 1):
-        out = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits, cache = out.logits, out.past_key_values
-    assert logits is not None
-    return logits, cache
-
-
-def _decode(model: Any, logits: Float[Tensor, "batch 1 vocab"], cache: Any, tokens: int) -> float:
-    token = logits.argmax(-1)
-    start = now(token.device)
-    for _ in range(tokens):
-        token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-    return (now(token.device) - start) / tokens
-
-
-@contextmanager
-def _layer_clock(model: nn.Module) -> Iterator[Callable[[], float]]:
-    """Gives a function: milliseconds in a full-attention module since its last call, mean over these layers."""
-    modules = find_layers(model)[1].values()
-    on_gpu = next(model.parameters()).is_cuda
-    marks: list[tuple[Any, Any]] = []
-    begun: list[Any] = []
-
-    def mark() -> Any:
-        if not on_gpu:
-            return time.perf_counter() * 1e3
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def read() -> float:
-        spans = [a.elapsed_time(b) if on_gpu else b - a for a, b in marks]
-        marks.clear()
-        return sum(spans) / len(modules)
-
-    hooks = [m.register_forward_pre_hook(lambda *_: begun.append(mark())) for m in modules]
-    hooks += [m.register_forward_hook(lambda *_: marks.append((begun.pop(), mark()))) for m in modules]
-    try:
-        yield read
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _snapshot(handle: Handle) -> Sequence[LayerReceipt]:
-    # decoding counts on
-    return [
-        replace(x, backends=dict(x.backends), selection=dict(x.selection), dense_queries=dict(x.dense_queries))
-        for x in handle.layers()
-    ]
-
-
-def _sizes(cache: Any) -> dict[str, float]:
-    """MiB of keys and values, and of index keys."""
-    found = {"kv_memory": 0, "index_memory": 0}
-    for layer in cache.layers:
-        found["kv_memory"] += _bytes(getattr(layer, "keys", None), getattr(layer, "values", None))
-        if (rows := getattr(layer, "index_rows", None)) is not None:
-            found["index_memory"] += _bytes(rows.raw, rows.cos, rows.sin)
-        found["index_memory"] += _bytes(*(x.features for x in getattr(layer, "index_waiting", ())))
-    return {name: size / 2**20 for name, size in found.items()}
-
-
-def _bytes(*tensors: object) -> int:
-    return sum(x.nbytes for x in tensors if isinstance(x, Tensor))
 
 
 # -- records

@@ -214,7 +214,7 @@ def _dense_below(settings: EvalConfig) -> int:
 
 def _check_indexer(name: str | None, model: Any) -> None:
     """Refuse an indexer of another model before dense attention and the oracle have run."""
-    from topmass.integrations.transformers.index_keys import check_indexer
+    from topmass.integrations.transformers.index_features import check_indexer
     from topmass.selection.indexer import named_indexer
 
     if name is not None:

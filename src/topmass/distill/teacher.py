@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from topmass.errors import ConfigError, DataError
 from topmass.integrations.transformers._session import LayerCall, Session
-from topmass.integrations.transformers.index_keys import index_features, index_rope
+from topmass.integrations.transformers.index_features import index_features
 from topmass.integrations.transformers.linear import fast_linear_attention
 from topmass.ops.dense_prefill import dense_lse, dense_prefill
-from topmass.selection.indexer import Indexer, LayerIndexer
+from topmass.selection.indexer import Indexer, LayerIndexer, index_rope
 
 __all__ = ["Lesson", "Teacher", "check_ready", "checksum"]
 

@@ -25,7 +25,7 @@ from topmass.distill.teacher import Lesson, Teacher, check_ready, checksum
 from topmass.errors import ConfigError, DataError
 from topmass.eval.recall import support_quality
 from topmass.integrations.transformers.families import find_layers
-from topmass.integrations.transformers.index_keys import describe_model
+from topmass.integrations.transformers.index_features import describe_model
 from topmass.integrations.transformers.load import describe_device, weights_hash
 from topmass.ops import attention_mass
 from topmass.ops.index_topk import index_topk

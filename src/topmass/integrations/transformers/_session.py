@@ -22,7 +22,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from topmass.errors import ConfigError, DataError, UnsupportedModelError
 from topmass.integrations.transformers.families import family_of, find_layers
-from topmass.integrations.transformers.index_keys import CACHE_LAYERS, IndexKeys, KeyRows, LayerInputs
+from topmass.integrations.transformers.index_features import LayerInputs
+from topmass.integrations.transformers.index_keys import CACHE_LAYERS, IndexKeys, KeyRows
 
 __all__ = ["Attend", "LayerCall", "Session"]
 

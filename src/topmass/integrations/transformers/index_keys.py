@@ -1,176 +1,23 @@
-"""What an indexer reads from a transformers model: hidden states, RoPE tables, and its raw keys beside the KV cache.
+"""Raw index keys beside the KV cache of a transformers model, and what waits there to become one."""
 
-Trainer and server share the functions here, so that what was trained is what is served.
-"""
-
-import hashlib
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
 
 from topmass.errors import ConfigError, UnsupportedModelError
-from topmass.integrations.transformers.families import family_of, find_layers
-from topmass.selection.indexer import (
-    Indexer,
-    IndexerConfig,
-    LayerIndexer,
-    ModelFingerprint,
-    index_rope,
-    rotary_width,
-    unrotate_half_split,
-)
+from topmass.integrations.transformers.index_features import LayerInputs, index_features
+from topmass.selection.indexer import Indexer, LayerIndexer, index_rope
 
-__all__ = [
-    "CACHE_LAYERS",
-    "IndexKeys",
-    "KeyRows",
-    "LayerInputs",
-    "RopeInfo",
-    "check_indexer",
-    "describe_model",
-    "index_configs",
-    "index_features",
-    "index_rope",
-]
-
+__all__ = ["CACHE_LAYERS", "IndexKeys", "KeyRows"]
 
 # a hidden state is many times as large as the index key that is made of it: generated positions, and values of a short prompt
 MOST_WAITING = 64
 MOST_PROMPT_VALUES = 2**22
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RopeInfo:
-    """RoPE of one layer.
-
-    Attributes:
-        rotary_dim: Leading dimensions of a head that the model turns; 0 without RoPE.
-    """
-
-    rotary_dim: int
-
-    def index_dim(self, dim: int) -> int:
-        """`rotary_dim` of an indexer of width `dim` for this layer."""
-        return min(self.rotary_dim, dim // 2 * 2)
-
-
-def describe_model(model: nn.Module) -> tuple[ModelFingerprint, dict[int, RopeInfo]]:
-    """Fingerprint of `model`, and the RoPE of its full-attention layers.
-
-    Raises:
-        UnsupportedModelError: The architecture is not known, or has no full-attention layer.
-    """
-    decoder, layers = find_layers(model)
-    fingerprint = ModelFingerprint.from_config(decoder.config, tuple(layers), weights=_sample_weights(layers))
-    family, width = family_of(decoder), rotary_width(fingerprint)
-    return fingerprint, {i: RopeInfo(rotary_dim=width if family.uses_rope(m) else 0) for i, m in sorted(layers.items())}
-
-
-def index_configs(model: nn.Module, *, dim: int = 64, **settings: Any) -> dict[int, IndexerConfig]:
-    """Configuration of an indexer for every full-attention layer of `model`.
-
-    Args:
-        dim: Width of an index query or key.
-        settings: Other fields of `IndexerConfig`; widths and `rotary_dim` follow from the model.
-
-    Raises:
-        ConfigError: A setting is out of range.
-        UnsupportedModelError: The architecture is not known, or has no full-attention layer.
-    """
-    fingerprint, rope = describe_model(model)
-    width, key_width = fingerprint.hidden_size, None
-    if settings.get("features") == "qk":
-        width, key_width = (n * fingerprint.head_dim for n in (fingerprint.q_heads, fingerprint.kv_heads))
-    return {
-        i: IndexerConfig(
-            **{"hidden_size": width, "key_size": key_width, "dim": dim, "rotary_dim": info.index_dim(dim), **settings}
-        )
-        for i, info in rope.items()
-    }
-
-
-def check_indexer(indexer: Indexer, model: nn.Module) -> None:
-    """Refuse an indexer of another model; warn where the model may be a fine-tune of the indexer's.
-
-    Raises:
-        ConfigError: The model has another shape.
-    """
-    fingerprint, _ = describe_model(model)
-    mine = indexer.info.fingerprint
-    if reason := mine.refusal(fingerprint):
-        name = f" ({indexer.info.model})" if indexer.info.model else ""
-        raise ConfigError(
-            f"This indexer belongs to another model{name}: {reason}; load that model, or distil an indexer for this one."
-        )
-    if reason := mine.doubt(fingerprint):
-        warnings.warn(
-            f"The model is not the one that the indexer was trained on ({reason}); if it is a fine-tune, check the recall.",
-            stacklevel=4,
-        )
-
-
-@dataclass(slots=True, kw_only=True)
-class LayerInputs:
-    """What a full-attention module was called with, for the positions of its queries.
-
-    Attributes:
-        hidden: Attention input, after the layer's norm.
-        cos: Cosines of the model's RoPE at these positions; `None` without RoPE.
-        sin: Sines, likewise.
-        cache: The model's cache, if it has one.
-        pairs: Which dimensions of a head the tables turn together: `"halves"` or `"neighbours"`.
-        shared: Whether other layers of the forward may receive the same tables.
-    """
-
-    hidden: Float[Tensor, "batch q_len hidden"]
-    cos: Float[Tensor, "#batch q_len rotary"] | None
-    sin: Float[Tensor, "#batch q_len rotary"] | None
-    cache: Any = None
-    pairs: str = "halves"
-    shared: bool = True
-
-    def sequence(self, i: int, rows: Bool[Tensor, " q_len"]) -> "LayerInputs":
-        """One sequence of the batch without its padding."""
-        tables = [x if x is None else x[i if x.shape[0] > 1 else 0, rows][None] for x in (self.cos, self.sin)]
-        return replace(self, hidden=self.hidden[i, rows][None], cos=tables[0], sin=tables[1], shared=False)
-
-
-def index_features(
-    features: str,
-    inputs: LayerInputs,
-    q: Float[Tensor, "batch q_len q_heads head_dim"],
-    k: Float[Tensor, "batch q_len kv_heads head_dim"],
-) -> tuple[Float[Tensor, "batch q_len q_width"], Float[Tensor, "batch q_len k_width"]]:
-    """What an indexer's queries and its raw keys are projected from, for the same positions.
-
-    Args:
-        features: `"hidden"` or `"qk"`, as in `IndexerConfig`.
-        inputs: What the attention module received.
-        q: The layer's queries after norm and RoPE, for the same positions.
-        k: The layer's keys, likewise.
-    """
-    if features == "hidden":
-        return inputs.hidden, inputs.hidden
-    if inputs.cos is not None and inputs.sin is not None:
-        cos, sin = inputs.cos[:, :, None], inputs.sin[:, :, None]
-        q, k = (_unrotate(x, cos, sin, inputs.pairs) for x in (q, k))
-    return q.flatten(2), k.flatten(2)
-
-
-def _unrotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: str) -> Tensor:
-    if pairs == "halves":
-        return unrotate_half_split(x, cos, sin)
-    width = cos.shape[-1]
-    halves = torch.cat([x[..., 0:width:2], x[..., 1:width:2], x[..., width:]], -1)
-    halves = unrotate_half_split(halves, cos, sin)
-    turned = torch.stack([halves[..., : width // 2], halves[..., width // 2 : width]], -1)
-    return torch.cat([turned.flatten(-2), halves[..., width:]], -1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -407,8 +254,7 @@ class IndexKeys:
         Raises:
             UnsupportedModelError: The layer has keys of other positions, and no cache to keep index keys in.
         """
-        module = self._module(layer, inputs.hidden)
-        if module is None:
+        if layer not in self._indexer.info.layers:
             return None
         cache: Any = inputs.cache
         if cache is None and kv_len > features.shape[1]:
@@ -416,7 +262,7 @@ class IndexKeys:
                 f"The layer received {kv_len} keys for {features.shape[1]} positions without a cache."
             )
         if cache is None:
-            return self._rows(module, inputs, features, None)
+            return self._rows(layer, inputs, features, None)
         held: Any = cache.layers[layer]
         if not isinstance(held, _IndexedLayer):
             held = cache.layers[layer] = _indexed(held)
@@ -426,13 +272,15 @@ class IndexKeys:
         if later and self._defer and not held.index_waiting and features.numel() <= MOST_PROMPT_VALUES:
             held.index_waiting = (Waiting(features.detach(), inputs.cos, inputs.sin),)
             return None
-        held.index_rows = rows = self._rows(module, inputs, features, held)
+        held.index_rows = rows = self._rows(layer, inputs, features, held)
         held.index_waiting = ()
         return rows
 
     @torch.no_grad()
-    def _rows(self, module: LayerIndexer, inputs: LayerInputs, features: Tensor, held: Any) -> KeyRows:
+    def _rows(self, layer: int, inputs: LayerInputs, features: Tensor, held: Any) -> KeyRows:
         """Raw keys and tables of what the cache has, of what waits there, and of the new positions."""
+        module = self._module(layer, inputs.hidden)
+        assert module is not None
         before: KeyRows | None = None if held is None else held.index_rows
         cos, sin = inputs.cos, inputs.sin
         if held is not None and (waiting := held.index_waiting):
@@ -498,18 +346,3 @@ class IndexKeys:
         if layer not in self._placed:
             self._placed[layer] = self._indexer.served(layer, like.device, like.dtype)
         return self._placed[layer]
-
-
-def _sample_weights(layers: dict[int, nn.Module]) -> str:
-    """Digest of the first values of the attention weights, which fine-tuning changes and a change of dtype does not."""
-    parts = []
-    for _, module in sorted(layers.items()):
-        for _, weight in sorted(module.named_parameters()):
-            if weight.is_floating_point() and not weight.is_meta:
-                parts.append(weight.detach().reshape(-1)[:64].to(torch.bfloat16))
-    if not parts:
-        return ""
-    # one copy to the host unless the layers are spread over devices
-    together = len({x.device for x in parts}) == 1
-    values = torch.cat(parts if together else [x.cpu() for x in parts]).cpu().view(torch.uint8).numpy()
-    return hashlib.sha256(values.tobytes()).hexdigest()[:12]

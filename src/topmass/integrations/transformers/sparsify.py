@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from jaxtyping import Float
@@ -14,7 +15,8 @@ from topmass.core.rule import SupportRule
 from topmass.core.support import Support
 from topmass.errors import ConfigError
 from topmass.integrations.transformers._session import LayerCall, Session
-from topmass.integrations.transformers.index_keys import IndexKeys, check_indexer
+from topmass.integrations.transformers.index_features import check_indexer
+from topmass.integrations.transformers.index_keys import IndexKeys
 from topmass.ops import _dispatch
 from topmass.ops._logits import workspace
 from topmass.ops.dense_prefill import dense_prefill
@@ -187,8 +189,7 @@ class Run:
         if self.record_support:
             return False
         if not _generated(start, length):
-            rules = {self._plan(layer, decode=False)[1] for layer in self._receipt.layers}
-            dense = all(rule is None or rule.reads_all(start, length) for rule in rules)
+            dense = all(rule is None or rule.reads_all(start, length) for rule in self._prompt_rules)
         else:
             dense, start = self.decode == "dense", 1
         if dense:
@@ -233,6 +234,11 @@ class Run:
             out[:, lo:hi] = part
         assert out is not None
         return out
+
+    @cached_property
+    def _prompt_rules(self) -> set[SupportRule | None]:
+        """Rules that prompts have in any layer; asked before every forward."""
+        return {self._plan(layer, decode=False)[1] for layer in self._receipt.layers}
 
     def _plan(self, layer: int, *, decode: bool) -> tuple[Selector, SupportRule | None]:
         key = layer, decode
