@@ -21,6 +21,10 @@ from topmass.selection.indexer import LayerIndexer, index_rope
 __all__ = ["IndexProjection", "IndexedAttention", "IndexedModel"]
 
 
+# by the RoPE module that layers share
+_GROUP_TABLES: WeakKeyDictionary[nn.Module, dict[Any, Sequence[Tensor]]] = WeakKeyDictionary()
+
+
 class IndexProjection(nn.Module):
     """Index keys and queries of tokens from the input of their attention layer.
 
@@ -46,9 +50,8 @@ class IndexProjection(nn.Module):
         self.layer.requires_grad_(False)
         # in the model's dtype: rounding here is what each call would do
         self.weight = nn.Parameter(weight.detach().to(device, dtype), requires_grad=False)
-        # when memory is measured, not when the first prompt comes
-        starts = torch.arange(0, length - config.kv_block + 1, config.kv_block, device=device)
-        self._groups = [_tables_of_groups(self, starts, dtype)]
+        # before memory is measured, not when the first prompt comes
+        self._groups = [self._group_tables(length // config.kv_block, dtype, device)]
 
     def forward(self, positions: Tensor, hidden: Tensor) -> Tensor:
         """`[index key | index queries of all heads]` of every token."""
@@ -86,27 +89,23 @@ class IndexProjection(nn.Module):
         for name, norm in norms.items():
             self.layer.get_parameter(name).data.copy_(norm)
 
+    def _group_tables(self, groups: int, dtype: torch.dtype, device: torch.device) -> Sequence[Tensor]:
+        """RoPE tables of the groups' first positions, which layers with one RoPE share; nothing for groups of one."""
+        config = self.layer.config
+        if config.kv_block == 1:
+            return ()
+        kept = _GROUP_TABLES.setdefault(self._rotary[0], {})
+        key = groups, config.kv_block, config.rotary_dim, dtype
+        if key not in kept:
+            kept[key] = self.tables(torch.arange(groups, device=device) * config.kv_block, dtype)
+        return kept[key]
+
     def _weights(self) -> tuple[Tensor, dict[str, Tensor]]:
         """What projects queries, then keys; and the norms by name."""
         indexer = self._server[0].indexer
         assert indexer is not None
         state = dict(indexer.state_dict())
         return torch.cat([state.pop("q_proj.weight"), state.pop("k_proj.weight")]), state
-
-
-def _tables_of_groups(index: IndexProjection, starts: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
-    """RoPE tables of the groups' first positions; layers with one RoPE share them."""
-    config, rotary = index.layer.config, index._rotary[0]
-    if config.kv_block == 1:
-        return ()
-    kept = _GROUP_TABLES.setdefault(rotary, {})
-    key = config.kv_block, config.rotary_dim, dtype, starts.device, len(starts)
-    if key not in kept:
-        kept[key] = index.tables(starts, dtype)
-    return kept[key]
-
-
-_GROUP_TABLES: WeakKeyDictionary[nn.Module, dict[Any, Sequence[Tensor]]] = WeakKeyDictionary()
 
 
 class IndexedAttention(Attention):
