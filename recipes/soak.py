@@ -17,6 +17,7 @@ memory that grew, or if the backend refused more than a fifth of the cases. `--o
 import argparse
 import ctypes
 import gc
+import importlib.util
 import json
 import math
 import platform
@@ -344,7 +345,9 @@ def memory(begin: float) -> dict[str, float]:
 
 
 def compiled() -> int:
-    """Kernels that Triton holds for this process, all specialisations."""
+    """Kernels that Triton holds for this process, all specialisations; none where it is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return 0
     from triton.runtime.jit import JITFunction
 
     found = [k for k in gc.get_objects() if type(k) is JITFunction]

@@ -63,7 +63,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     with tempfile.TemporaryDirectory(prefix="topmass-serve-") as folder:
         launch, facts = prepare(args.model, setting, Path(folder), kv_block=args.kv_block)
-        config = {**json.loads(json.dumps(vars(args), default=str)), "interleave": not args.one_by_one}
+        config = {
+            **json.loads(json.dumps(vars(args), default=str)),
+            "interleave": not args.one_by_one,
+            "text": launch.source,
+        }
         # a limit, and where it lies, are no part of what is measured
         for name in ("seconds", "out", "finish"):
             config.pop(name)

@@ -35,6 +35,7 @@ class Launch:
         model: Directory or hub id; its tokenizer is not used.
         vocabulary: Tokens of its vocabulary that prompts are drawn from.
         text: Token ids of a text that prompts are windows of; none draws random ones.
+        source: What that text is called.
         indexer: Directory of the indexer, or `reference`.
         python: Interpreter that has vLLM.
         options: Arguments of every engine, by their name in Python.
@@ -44,6 +45,7 @@ class Launch:
     model: str
     vocabulary: int
     text: Sequence[int] = ()
+    source: str = ""
     indexer: str = ""
     python: str = sys.executable
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -68,7 +68,14 @@ def prepare(
     if shape and text is not None:
         raise ConfigError(f"The shape {model} has no words to read {text} with; name a model, or leave the text out.")
     ids = [] if shape else _needles(where, max(setting.lengths), say) if text is None else read_tokens(where, text)
-    launch = Launch(model=str(where), vocabulary=vocabulary_of(where), text=ids, indexer=indexer or "", options=options)
+    launch = Launch(
+        model=str(where),
+        vocabulary=vocabulary_of(where),
+        text=ids,
+        source=str(text or "the needle task's text") if ids else "",
+        indexer=indexer or "",
+        options=options,
+    )
     return launch, {"model": model, "weights_hash": None if shape else _digest(where), "device": device}
 
 

@@ -109,7 +109,7 @@ def serve(
             asdict(settings)
             | {
                 "serve": str(settings.serve or ""),
-                "text": str(settings.text or ("the needle task's text" if launch.text else "")),
+                "text": launch.source,
                 "interleave": setting.interleave,
             },
             facts,

@@ -57,6 +57,11 @@ class Waiting(NamedTuple):
     cos: Float[Tensor, "#batch len rotary"] | None
     sin: Float[Tensor, "#batch len rotary"] | None
 
+    @property
+    def positions(self) -> int:
+        """How many they are."""
+        return self.features.shape[1]
+
     def map(self, change: Any) -> "Waiting":
         """The same change to every tensor."""
         batch = self.features.shape[0]
@@ -67,10 +72,6 @@ class Waiting(NamedTuple):
         """The first of them."""
         tables = [x if x is None else x[:, :length] for x in (self.cos, self.sin)]
         return Waiting(self.features[:, :length], *tables)
-
-
-def _length(positions: Waiting) -> int:
-    return positions.features.shape[1]
 
 
 class _IndexedLayer:
@@ -91,7 +92,7 @@ class _IndexedLayer:
     def index_seen(self) -> int:
         """Positions that have an index key, or wait for one."""
         rows = 0 if self.index_rows is None else len(self.index_rows)
-        return rows + sum(map(_length, self.index_waiting))
+        return rows + sum(x.positions for x in self.index_waiting)
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
@@ -107,8 +108,8 @@ class _IndexedLayer:
         waiting = []
         for x in self.index_waiting:
             if left > 0:
-                waiting.append(x if _length(x) <= left else x.first(left))
-            left -= _length(x)
+                waiting.append(x if x.positions <= left else x.first(left))
+            left -= x.positions
         self.index_waiting = tuple(waiting)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
