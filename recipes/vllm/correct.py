@@ -121,10 +121,11 @@ def variations(args: argparse.Namespace, store: Store, clock: Clock) -> None:
     prompts = ids_of(load_tokenizer(), batch)
     # odd lengths, so that chunks and pages end everywhere
     prompts = [p[i % 61 :] for i, p in enumerate(prompts)]
-    for name, options in VARIATIONS.items():
+    for name in args.variations:
+        options = VARIATIONS[name]
         if (name == "eager" and not on_gpu()) or (name == "two GPUs" and torch.cuda.device_count() < 2):
             continue
-        for kind in ("sparse", "dense"):
+        for kind in args.kinds:
             key = f"variation {kind} {name} {len(prompts)} x {args.length} b={args.budget}"
             if key in store or not clock.left(25):
                 continue
@@ -184,6 +185,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--budget", type=int, default=BUDGET)
+    parser.add_argument("--variations", nargs="+", choices=tuple(VARIATIONS), default=list(VARIATIONS))
+    parser.add_argument("--kinds", nargs="+", choices=("sparse", "dense"), default=["sparse", "dense"])
     parser.add_argument("--decode", choices=("dense", "sparse"), default="dense")
     args = parser.parse_args()
     clock, store = Clock(args.seconds), Store(args.out / f"{args.what}.json")

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from topmass.integrations.vllm import register
+
 __all__ = ["Watched"]
 
 
@@ -45,6 +47,7 @@ def fix_tuning() -> None:
                         kernel.configs = kernel.configs[:1]
 
 
-# a worker imports this before it builds a model
+# a worker imports this before it builds a model; where the source tree is not installed, nobody finds the plugin's entry point
+register()
 if torch.cuda.is_available():
     fix_tuning()

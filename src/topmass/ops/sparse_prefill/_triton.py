@@ -70,16 +70,17 @@ def _attend(
         o_kr, o_vr = o_page * sk_b + (o_k % PAGE) * sk_t, o_page * sv_b + (o_k % PAGE) * sv_t
     else:
         o_kr, o_vr = o_k.to(tl.int64) * sk_t, o_k.to(tl.int64) * sv_t
-    p_k += o_kr[None, :] + o_d[:, None]
+    p_k += o_kr[:, None] + o_d[None, :]
     p_v += o_vr[:, None] + o_v[None, :]
-    # [BD, BN]; rows are whole, so only padding of the head dimension needs a mask
-    b_k = tl.load(p_k) if D == BD else tl.load(p_k, mask=o_d[:, None] < D, other=0.0)
+    # [BN, BD], as values: gathered rows in the layout that they lie in; rows are whole, so only padding of the head dimension
+    # needs a mask
+    b_k = tl.load(p_k) if D == BD else tl.load(p_k, mask=o_d[None, :] < D, other=0.0)
     # [BM, BN], in units of log 2
     if CAP:
-        b_s = tl.dot(b_q, b_k) * (scale / softcap)
+        b_s = tl.dot(b_q, tl.trans(b_k)) * (scale / softcap)
         b_s = (2.0 * tl.sigmoid(2.0 * b_s) - 1.0) * (softcap * 1.4426950408889634)
     else:
-        b_s = tl.dot(b_q, b_k) * (scale * 1.4426950408889634)
+        b_s = tl.dot(b_q, tl.trans(b_k)) * (scale * 1.4426950408889634)
     b_s = tl.where(m_mk, b_s, -1e30)
     b_new = tl.maximum(b_max, tl.max(b_s, 1))
     b_a = tl.exp2(b_max - b_new)
