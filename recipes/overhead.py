@@ -25,6 +25,7 @@ import torch
 import topmass
 from topmass.bench.models import build_model
 from topmass.bench.modes import Mode
+from topmass.bench.stress import stress_indexer
 from topmass.bench.timing import now, rotation
 from topmass.bench.ttft import describe_linear, random_prompts
 from topmass.integrations.transformers.index_features import describe_model, index_configs
@@ -39,7 +40,7 @@ Times = dict[str, list[float]]
 
 def ways(model: Any, args: argparse.Namespace) -> dict[str, Mode]:
     """Ways to run the model: as it is, twice, and with one untrained indexer, dense up to `--dense-below` and sparse."""
-    indexer = topmass.Indexer.create(index_configs(model, dim=args.dim), describe_model(model)[0])
+    indexer = stress_indexer(index_configs(model, dim=args.dim), describe_model(model)[0])
     unit = topmass.Granularity(q_block=args.q_block)
     auto = indexer.selector(budget=args.budget, granularity=unit, dense_below=args.dense_below)
     sparse = indexer.selector(budget=args.budget, granularity=unit)

@@ -90,7 +90,8 @@ def with_vllm(batch: list[Any], budget: int | None, length: int) -> list[str]:
 def answers(args: argparse.Namespace, store: Store, clock: Clock) -> None:
     """Print how many answers agree, and the paired difference of scores."""
     batch = samples(args.samples, args.length)
-    for kind, budget in (("sparse", args.budget), ("dense", None)):
+    for kind in args.kinds:
+        budget = args.budget if kind == "sparse" else None
         for side, run in (("vllm", with_vllm), ("transformers", with_transformers)):
             name = f"answers {kind} {side} {len(batch)} x {args.length} b={budget}"
             if name not in store and clock.left(20):

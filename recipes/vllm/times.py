@@ -41,7 +41,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--budget", default="2048")
     parser.add_argument("--kv-block", type=int, default=1)
-    parser.add_argument("--repeat", type=int, default=32, help="times that each random token comes in a row")
     parser.add_argument("--one-by-one", action="store_true")
     parser.add_argument("--finish", action="store_true")
     parser.add_argument("--engine", default='{"max_num_batched_tokens": 16384, "max_num_seqs": 8}')
@@ -56,7 +55,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         rates=tuple(args.rates),
         requests=args.requests,
         new_tokens=args.new_tokens,
-        repeat=args.repeat,
         interleave=not args.one_by_one,
         sparse={"budget": args.budget},
         engine=json.loads(args.engine),

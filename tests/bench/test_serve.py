@@ -127,12 +127,7 @@ def test_moments_are_a_poisson_process_and_prompts_share_their_beginning() -> No
     assert make_load(setting, 1000, 8, 0.0).moments is None
 
 
-def test_random_tokens_come_in_rows_and_a_text_in_windows() -> None:
-    rows = make_load(ServeSetting(modes=("dense",), requests=3, repeat=4), 10**9, 10, 0.0).prompts
-    for prompt in rows:
-        assert prompt[:4] == prompt[:1] * 4
-        assert prompt[4:8] == prompt[4:5] * 4
-        assert len(set(prompt)) == 3
+def test_prompts_are_windows_of_a_text() -> None:
     text = list(range(100, 140))
     load = make_load(ServeSetting(modes=("dense",), requests=50, shared=0.5), 9, 8, 0.0, text=text)
     assert len({p[4] for p in load.prompts}) > 10
@@ -167,7 +162,6 @@ def test_a_text_needs_a_model_with_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"repeat": 0}, "repeat must be at least 1"),
         ({"requests": 0}, "requests must be at least 1"),
         ({"new_tokens": 1}, "new_tokens must be at least 2"),
         ({"modes": ("dense", "fast")}, "modes are dense, sparse, floor"),

@@ -221,9 +221,26 @@ def test_padding_is_written_to_the_page_of_nobody():
     layout = PageLayout.fit(kv_heads=2, head_dim=8, index_dim=16)
     cache = torch.zeros(3, 2, 4, layout.width)
     layout.write_index(cache, torch.ones(3, 16), torch.tensor([4, -1, -1]))
-    assert cache[1, :, 0, 16:].eq(1).all()
+    assert layout.index(cache)[1, 0].eq(1).all()
     assert cache[1:].sum() == 16
-    assert cache[0, :, 1:].eq(0).all()
+    assert layout.index(cache)[0, 1:].eq(0).all()
+
+
+@pytest.mark.parametrize("heads_first", [True, False])
+def test_keys_and_values_lie_as_in_a_page_without_index_keys(heads_first):
+    layout = PageLayout.fit(kv_heads=2, head_dim=8, index_dim=16)
+    shape = (3, 2, 4, layout.width) if heads_first else (3, 4, 2, layout.width)
+    # pages of other layers between
+    cache = torch.arange(2.0 * 3 * 8 * layout.width).view(6, *shape[1:])[::2]
+    cache = cache if heads_first else cache.transpose(1, 2)
+    rows, index = layout.rows(cache), layout.index(cache)
+    assert rows.stride() == (2 * 8 * layout.width, 4 * 16, 16, 1)
+    assert torch.equal(layout.keys(cache), rows.transpose(1, 2)[..., :8])
+    assert torch.equal(layout.values(cache), rows.transpose(1, 2)[..., 8:])
+    # together they are the page, and nothing beside it
+    for page in range(3):
+        held = torch.cat([rows[page].flatten(), index[page].flatten()])
+        assert torch.equal(held.sort().values, cache[page].flatten().sort().values)
 
 
 # receipts

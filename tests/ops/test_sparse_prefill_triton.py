@@ -387,13 +387,14 @@ def test_pages_equal_one_piece(
     q, k, v = case.tensors(DTYPES[0])
     support = case.support()
     used = -(-101 // page_size)
-    # pages in any order, among others, in rows that also hold something else
+    # pages in any order, among others, in rows that also hold something else, with or without a gap behind each page
     drawn = torch.randperm(2 * used + 4, generator=torch.Generator().manual_seed(2))[: 2 * used]
     # the first page is nobody's
     order = drawn.add(1).view(2, used).to(DEVICE)
-    shape = (2 * used + 5, 2, page_size, 40) if heads_first else (2 * used + 5, page_size, 2, 40)
-    pool = torch.full(shape, float("nan"), dtype=q.dtype, device=DEVICE)
-    pool = pool.transpose(1, 2) if heads_first else pool
+    count, gap = 2 * used + 5, 24 if heads_first else 0
+    flat = torch.full((count, 2 * page_size * 40 + gap), float("nan"), dtype=q.dtype, device=DEVICE)
+    flat = flat[:, : 2 * page_size * 40]
+    pool = flat.view(count, 2, page_size, 40).transpose(1, 2) if heads_first else flat.view(count, page_size, 2, 40)
     for x, part in ((k, slice(0, 16)), (v, slice(16, 32))):
         padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, used * page_size - 101))
         pool[order, ..., part] = padded.unflatten(1, (used, page_size))

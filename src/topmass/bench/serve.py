@@ -32,8 +32,6 @@ class ServeSetting:
         requests: Requests of each mode at a length and rate.
         new_tokens: Tokens that each request generates.
         shared: Share of a prompt that all prompts of a case begin with, for the prefix cache.
-        repeat: Times that each random token comes in a row. With 1 neighbouring queries have nothing in common and select
-            unlike keys, which no text does and which costs the sparse mode most.
         interleave: All modes' engines live at once and take turns; else one after the other.
         sparse: The table `topmass` of `--additional-config`.
         engine: Further arguments of the engine, by their name in Python.
@@ -50,14 +48,13 @@ class ServeSetting:
     requests: int = 8
     new_tokens: int = 16
     shared: float = 0.0
-    repeat: int = 1
     interleave: bool = True
     sparse: Mapping[str, Any] = field(default_factory=dict)
     engine: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("requests", 1), ("new_tokens", 2), ("repeat", 1)):
+        for name, least in (("requests", 1), ("new_tokens", 2)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         for name, known in (("modes", get_args(Mode)), ("drivers", get_args(Driver))):
@@ -105,7 +102,7 @@ def make_load(setting: ServeSetting, vocabulary: int, length: int, rate: float, 
     if text and len(text) < length:
         raise ConfigError(f"The text has {len(text)} tokens, and a prompt {length}; give a longer text.")
     draw = random.Random(f"{setting.seed} {length} {rate}")
-    pick = partial(_window, text) if text else partial(_random, vocabulary, setting.repeat)
+    pick = partial(_window, text) if text else partial(_random, vocabulary)
     common = pick(draw, int(setting.shared * length))
     prompts = [[*common, *pick(draw, length - len(common))] for _ in range(setting.requests)]
     if not rate:
@@ -116,9 +113,8 @@ def make_load(setting: ServeSetting, vocabulary: int, length: int, rate: float, 
     return Load(prompts=prompts, moments=moments)
 
 
-def _random(vocabulary: int, repeat: int, draw: random.Random, count: int) -> list[int]:
-    ids = [draw.randrange(vocabulary) for _ in range(-(-count // repeat))]
-    return [t for t in ids for _ in range(repeat)][:count]
+def _random(vocabulary: int, draw: random.Random, count: int) -> list[int]:
+    return [draw.randrange(vocabulary) for _ in range(count)]
 
 
 def _window(text: Sequence[int], draw: random.Random, count: int) -> list[int]:

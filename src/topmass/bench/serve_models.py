@@ -11,10 +11,11 @@ import torch
 from topmass.bench.models import MODELS, POSITIONS, is_shape
 from topmass.bench.serve import ServeSetting
 from topmass.bench.serve_engines import Launch
+from topmass.bench.stress import stress_indexer
 from topmass.errors import ConfigError, DataError
 from topmass.integrations.transformers.load import load_tokenizer
 from topmass.integrations.transformers.reference import REFERENCE
-from topmass.selection.indexer import Indexer, IndexerConfig, ModelFingerprint, rotary_width
+from topmass.selection.indexer import IndexerConfig, ModelFingerprint, rotary_width
 
 __all__ = ["prepare", "read_tokens", "untrained_indexer", "vocabulary_of", "write_shape"]
 
@@ -160,19 +161,19 @@ def _needles(model: Path, length: int, say: Callable[[str], Any]) -> list[int]:
     try:
         tokenizer = load_tokenizer(str(model))
     except DataError:
-        say("warning: the model has no tokenizer, so prompts are random tokens, which cost the sparse mode most")
+        say("warning: the model has no tokenizer, so prompts are random tokens")
         return []
     (sample,) = make_samples("niah_single", tokenizer, length=2 * max(length, 1024), n=1)
     return tokenizer(sample.context, add_special_tokens=False)["input_ids"]
 
 
 def untrained_indexer(model: str | Path, folder: Path, *, dim: int = 64, kv_block: int = 1) -> Path:
-    """Save an untrained indexer for a model, which costs what a trained one costs."""
+    """Save a `stress_indexer` for a model, which costs what a trained one costs."""
     text = _text(model)
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
     full = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
     fingerprint = ModelFingerprint.from_config(text, full)
     width = min(rotary_width(fingerprint), dim // 2 * 2)
     config = IndexerConfig(hidden_size=text.hidden_size, dim=dim, rotary_dim=width, kv_block=kv_block)
-    Indexer.create(dict.fromkeys(full, config), fingerprint).save(folder)
+    stress_indexer(dict.fromkeys(full, config), fingerprint).save(folder)
     return folder

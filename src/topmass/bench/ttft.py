@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from topmass.bench.baselines import baselines_for
 from topmass.bench.modes import FLOOR, STOCK, Mode, copy_values, dense_mode
+from topmass.bench.stress import stress_indexer
 from topmass.bench.timing import rotation
 from topmass.bench.ttft_clock import prefill, time_prompt
 from topmass.bench.ttft_gate import GATE, SINK, check_mode
@@ -238,7 +239,7 @@ def _selectors(model: nn.Module, setting: Setting, indexers: Sequence[Indexer]) 
     trained = list(indexers)
     if "indexer" in setting.selectors and not trained:
         fingerprint, _ = describe_model(model)
-        trained = [Indexer.create(index_configs(model, dim=setting.dim, kv_block=r), fingerprint) for r in blocks]
+        trained = [stress_indexer(index_configs(model, dim=setting.dim, kv_block=r), fingerprint) for r in blocks]
     for kind in dict.fromkeys(setting.selectors):
         for budget in dict.fromkeys(setting.budgets):
             if kind == "streaming":

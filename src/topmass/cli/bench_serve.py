@@ -29,7 +29,6 @@ class ServeConfig:
         new_tokens: Tokens that each request generates.
         shared: Share of a prompt that all prompts begin with; above 0 the prefix cache is on.
         text: UTF-8 file that prompts are windows of; default text of the needle task, and random tokens for a shape.
-        repeat: Times that each random token comes in a row: 1 costs the sparse mode most, 32 about what text does.
         modes: The engine as it is, with the indexer, and with attention replaced by a copy of the values.
         drivers: The engine alone, and the OpenAI-compatible server.
         indexer: Directory of an indexer, or `reference`; default an untrained one, which costs the same.
@@ -49,7 +48,6 @@ class ServeConfig:
     new_tokens: int = 16
     shared: float = 0.0
     text: Path | None = None
-    repeat: int = 1
     modes: tuple[Literal["dense", "sparse", "floor"], ...] = ("dense", "sparse", "floor")
     drivers: tuple[Literal["offline", "server"], ...] = ("offline", "server")
     indexer: str | None = None
@@ -151,7 +149,6 @@ def setting_of(settings: ServeConfig) -> Any:
         requests=settings.requests,
         new_tokens=settings.new_tokens,
         shared=settings.shared,
-        repeat=settings.repeat,
         interleave=not settings.one_by_one,
         sparse=sparse,
         engine=engine,

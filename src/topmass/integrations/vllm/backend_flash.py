@@ -116,16 +116,15 @@ class SparseFlashBuilder(FlashAttentionMetadataBuilder):
 
 
 class SparseFlashImpl(SparseImpl, FlashAttentionImpl):
-    """FlashAttention over the pages without their last columns."""
+    """FlashAttention over the keys and values of the pages."""
 
     def write(self, layer: Any, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
-        FlashAttentionImpl.do_kv_cache_update(self, layer, key, value, cache[..., : 2 * self.head_size], slots)
+        FlashAttentionImpl.do_kv_cache_update(self, layer, key, value, layer.layout.rows(cache), slots)
 
     def dense(
         self, layer: Any, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, metadata: Any, output: Tensor
     ) -> None:
-        pages = cache[..., : 2 * self.head_size]
-        FlashAttentionImpl.forward(self, layer, query, key, value, pages, metadata, output)
+        FlashAttentionImpl.forward(self, layer, query, key, value, layer.layout.rows(cache), metadata, output)
 
     def dense_parts(
         self, layer: Any, query: Tensor, cache: Tensor, metadata: Any, output: Tensor, parts: Sequence[Part]

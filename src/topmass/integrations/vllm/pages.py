@@ -1,7 +1,8 @@
-"""Pages of the KV cache with index keys in them: every row of a page is `[key | value | index key]`, per KV head.
+"""Pages of the KV cache with index keys in them: all rows `[key | value]` of a page first, head by head, then its index keys.
 
-A layer has one index key per token, and a page one row per token and KV head; so the index key is cut into as many pieces as
-there are heads on this device. Whatever moves, shares, evicts or restores a page moves its index keys with it.
+vLLM knows a page as so many columns per KV head and token, and gives it more of them than keys and values need. How a page's memory
+is used is ours alone: rows of keys and values lie as in a page without index keys, aligned as dense kernels like them, and the index
+keys of its tokens, one each, are one piece. Whatever moves, shares, evicts or restores a page moves its index keys with it.
 """
 
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class PageLayout:
     Attributes:
         kv_heads: KV heads on this device.
         head_dim: Width of a key, and of a value.
-        columns: Extra columns per KV head for the index key.
+        columns: Extra columns that a page has per KV head and token, for the index key.
 
     Example:
         >>> layout = PageLayout.fit(kv_heads=3, head_dim=128, index_dim=64)
@@ -45,20 +46,40 @@ class PageLayout:
 
     @property
     def width(self) -> int:
-        """Columns of a row."""
+        """Columns of a page, per KV head and token."""
         return 2 * self.head_dim + self.columns
+
+    def rows(
+        self, cache: Float[Tensor, "pages kv_heads page_size width"]
+    ) -> Float[Tensor, "pages kv_heads page_size key_and_value"]:
+        """Keys and values of every page, side by side, as a view: what a cache without index keys would be."""
+        heads, size = cache.shape[1:3]
+        return self._flat(cache)[:, : heads * size * 2 * self.head_dim].unflatten(1, (heads, size, 2 * self.head_dim))
+
+    def index(
+        self, cache: Float[Tensor, "pages kv_heads page_size width"]
+    ) -> Float[Tensor, "pages page_size index_width"]:
+        """What every page has for the index keys of its tokens, as a view."""
+        heads, size = cache.shape[1:3]
+        return self._flat(cache)[:, heads * size * 2 * self.head_dim :].unflatten(1, (size, heads * self.columns))
+
+    def _flat(self, cache: Tensor) -> Tensor:
+        """Every page's memory, which is one piece whatever order vLLM gives its dimensions."""
+        values = cache[0].numel()
+        assert sum((n - 1) * s for n, s in zip(cache.shape[1:], cache.stride()[1:], strict=True)) == values - 1
+        return cache.as_strided((cache.shape[0], values), (cache.stride(0), 1))
 
     def keys(
         self, cache: Float[Tensor, "pages kv_heads page_size width"]
     ) -> Float[Tensor, "pages page_size kv_heads head_dim"]:
         """Keys of every page, as a view."""
-        return cache.transpose(1, 2)[..., : self.head_dim]
+        return self.rows(cache).transpose(1, 2)[..., : self.head_dim]
 
     def values(
         self, cache: Float[Tensor, "pages kv_heads page_size width"]
     ) -> Float[Tensor, "pages page_size kv_heads head_dim"]:
         """Values of every page, as a view."""
-        return cache.transpose(1, 2)[..., self.head_dim : 2 * self.head_dim]
+        return self.rows(cache).transpose(1, 2)[..., self.head_dim :]
 
     def write_index(
         self,
@@ -70,7 +91,7 @@ class PageLayout:
 
         Slots below 0 are padding, which goes to slot 0: vLLM gives its page to no request.
         """
-        page_rows(cache[..., 2 * self.head_dim :], index, slots)
+        page_rows(self.index(cache)[:, None], index, slots)
 
     def write_tokens(
         self,
@@ -80,14 +101,13 @@ class PageLayout:
         slots: Int[Tensor, " tokens"],
     ) -> None:
         """Write keys and values, as `write_index` does with index keys."""
-        page_rows(cache[..., : 2 * self.head_dim], torch.cat([key, value], -1).flatten(1), slots)
+        page_rows(self.rows(cache), torch.cat([key, value], -1).flatten(1), slots)
 
     def read_index(
         self, cache: Float[Tensor, "pages kv_heads page_size width"], pages: Int[Tensor, " n"], length: int, dim: int
     ) -> Float[Tensor, "length dim"]:
         """Index keys of the first `length` tokens of the sequence that owns `pages`."""
-        rows = cache[..., 2 * self.head_dim :].transpose(1, 2)[pages]
-        return rows.flatten(2).flatten(0, 1)[:length, :dim]
+        return self.index(cache)[pages].flatten(0, 1)[:length, :dim]
 
     def pages_of(self, cache: Tensor, length: int) -> int:
         """Pages that hold `length` tokens."""

@@ -1,5 +1,6 @@
 """Triton attention over a support: a tile of queries gathers the union of its selections, then reads sink and window."""
 
+import math
 from typing import NamedTuple, cast, no_type_check
 
 import torch
@@ -60,16 +61,21 @@ def tile_for(group: int, head_dim: int, v_dim: int, q_block: int, *, device: tor
 
 @triton.jit
 @no_type_check
-def _attend(
-    b_q, b_o, b_max, b_sum, p_k, p_v, p_t, o_k, m_mk, sk_b, sk_t, sv_b, sv_t, o_d, o_v, scale, softcap,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, CAP: tl.constexpr, PAGE: tl.constexpr,
-):  # fmt: skip
-    # [BN]; where the rows of keys and values begin
+def _rows(p_t, o_k, sk_b, sk_t, sv_b, sv_t, PAGE: tl.constexpr):
+    """Where the rows of keys and values begin, by position."""
     if PAGE:
         o_page = tl.load(p_t + o_k // PAGE).to(tl.int64)
-        o_kr, o_vr = o_page * sk_b + (o_k % PAGE) * sk_t, o_page * sv_b + (o_k % PAGE) * sv_t
-    else:
-        o_kr, o_vr = o_k.to(tl.int64) * sk_t, o_k.to(tl.int64) * sv_t
+        return o_page * sk_b + (o_k % PAGE) * sk_t, o_page * sv_b + (o_k % PAGE) * sv_t
+    else:  # noqa: RET505, both are compile-time
+        return o_k.to(tl.int64) * sk_t, o_k.to(tl.int64) * sv_t
+
+
+@triton.jit
+@no_type_check
+def _attend(
+    b_q, b_o, b_max, b_sum, p_k, p_v, o_kr, o_vr, m_mk, o_d, o_v, scale, softcap,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
     p_k += o_kr[:, None] + o_d[None, :]
     p_v += o_vr[:, None] + o_v[None, :]
     # [BN, BD], as values: gathered rows in the layout that they lie in; rows are whole, so only padding of the head dimension
@@ -101,7 +107,7 @@ def _attend(
 def _sparse_kernel(
     q, k, v, out, lse, ids, words, counts, window_start, dense_len, sinks, pages, scale, softcap,
     sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, so_b, so_t, so_h, sl_b, sl_t,
-    si_b, si_s, si_t, sc_b, sc_s, sc_t, sp_b, TQ, Q_START, SINK,
+    si_b, si_s, si_t, sc_b, sc_s, sc_t, sp_b, unit, TQ, Q_START, SINK,
     HQ: tl.constexpr, HK: tl.constexpr, S: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
     BDV: tl.constexpr, QB: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
     MEMBER: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr, PAGE: tl.constexpr, FAR_PAGE: tl.constexpr,
@@ -151,11 +157,10 @@ def _sparse_kernel(
         o_k = tl.where(o_p < n_sink, o_p, start + o_p - n_sink)
         m_mk = (o_k[None, :] < SINK) | (o_k[None, :] >= b_ws[:, None]) | m_dense[:, None]
         m_mk = m_mk & (o_k[None, :] <= pos[:, None]) & (o_p[None, :] < n_near)
-        o_k = tl.where(o_p < n_near, o_k, 0)
+        o_kr, o_vr = _rows(p_t, tl.where(o_p < n_near, o_k, 0), sk_b, sk_t, sv_b, sv_t, PAGE)
         b_o, b_max, b_sum = _attend(
-            b_q, b_o, b_max, b_sum, p_k, p_v, p_t, o_k, m_mk, sk_b, sk_t, sv_b, sv_t, o_d, o_v, scale, softcap,
-            D, DV, BD, BDV, CAP, PAGE,
-        )  # fmt: skip
+            b_q, b_o, b_max, b_sum, p_k, p_v, o_kr, o_vr, m_mk, o_d, o_v, scale, softcap, D, DV, BD, BDV, CAP
+        )
 
     # far: the groups that the tile's blocks selected
     LB: tl.constexpr = max(QB, BT)
@@ -169,7 +174,8 @@ def _sparse_kernel(
     # ids are read a step ahead: copies of keys and values that waited for a load of their own step could not run ahead of it
     # behind the last key some key of the sequence is read, whose weight is 0: what lies elsewhere in a pool may be NaN
     o_none = 0
-    if PAGE != FAR_PAGE:
+    PLACED: tl.constexpr = PAGE != FAR_PAGE
+    if PLACED:
         o_none = tl.load(ids + p_i, mask=count > 0, other=0)
     # where a step holds whole groups, its places in them are those of the step before
     WHOLE: tl.constexpr = BN % R == 0
@@ -179,21 +185,24 @@ def _sparse_kernel(
     for n in tl.range(0, count, BN, num_stages=STAGES):
         o_p = n + o_n
         m_n = o_p < count
-        o_k = b_id * R + (o_r if WHOLE else o_p % R)
+        o_in = o_r if WHOLE else o_p % R
+        if PLACED:
+            o_kr = b_id.to(tl.int64) * unit + o_in * sk_t
+            o_vr = o_kr
+        else:
+            # never outside the keys, whatever the support holds; places were looked after before
+            o_k = tl.maximum(tl.minimum(b_id * R + o_in, stop - 1), 0)
+            o_kr, o_vr = _rows(p_t, o_k, sk_b, sk_t, sv_b, sv_t, FAR_PAGE)
         o_i = o_i + BN // R if WHOLE else (o_p + BN) // R
         b_id = tl.load(ids + p_i + o_i, mask=o_p + BN < count, other=o_none)
-        # never outside the keys, whatever the support holds; ids that say where their rows lie were looked after before
-        if PAGE == FAR_PAGE:
-            o_k = tl.maximum(tl.minimum(o_k, stop - 1), 0)
         if MEMBER:
             m_mk = (b_w[None, :] & b_bit[:, None]) != 0
             b_w = tl.load(words + p_i + o_i, mask=o_p + BN < count, other=0)
         else:
             m_mk = m_n[None, :] & m_far[:, None]
         b_o, b_max, b_sum = _attend(
-            b_q, b_o, b_max, b_sum, p_k, p_v, p_t, o_k, m_mk, sk_b, sk_t, sv_b, sv_t, o_d, o_v, scale, softcap,
-            D, DV, BD, BDV, CAP, FAR_PAGE,
-        )  # fmt: skip
+            b_q, b_o, b_max, b_sum, p_k, p_v, o_kr, o_vr, m_mk, o_d, o_v, scale, softcap, D, DV, BD, BDV, CAP
+        )
 
     empty = b_max < -1e29
     b_sum = tl.where(empty, 1.0, b_sum)
@@ -206,12 +215,12 @@ def _sparse_kernel(
 
 # what depends on the prompt, the chunk or the budget may not compile the kernel again
 @triton.jit(
-    do_not_specialize=["si_b", "si_s", "si_t", "sc_b", "sc_s", "sc_t", "so_b", "so_s", "so_t", "sp_b", "LAST", "UNIT"],
-    do_not_specialize_on_alignment=["ids", "counts", "pages", "out"],
+    do_not_specialize=["si_b", "si_s", "si_t", "sc_b", "sc_s", "sc_t", "sp_b", "LAST", "APART", "GROUP"],
+    do_not_specialize_on_alignment=["ids", "counts", "pages"],
 )
 @no_type_check
 def _place_kernel(
-    ids, counts, pages, out, si_b, si_s, si_t, sc_b, sc_s, sc_t, so_b, so_s, so_t, sp_b, LAST, UNIT,
+    ids, counts, pages, si_b, si_s, si_t, sc_b, sc_s, sc_t, sp_b, LAST, APART, GROUP,
     S: tl.constexpr, PER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_t, i_b, i_s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64) // S, tl.program_id(1).to(tl.int64) % S
@@ -219,31 +228,37 @@ def _place_kernel(
     for n in range(0, count, BLOCK):
         o_n = n + tl.arange(0, BLOCK)
         m_n = o_n < count
-        b_id = tl.load(ids + i_b * si_b + i_s * si_s + i_t * si_t + o_n, mask=m_n, other=0)
+        p_n = ids + i_b * si_b + i_s * si_s + i_t * si_t + o_n
+        b_id = tl.load(p_n, mask=m_n, other=0)
         # never outside the keys, whatever the support holds
         b_id = tl.maximum(tl.minimum(b_id, LAST), 0)
         b_page = tl.load(pages + i_b * sp_b + b_id // PER, mask=m_n, other=0).to(tl.int32)
-        tl.store(out + i_b * so_b + i_s * so_s + i_t * so_t + o_n, b_page * UNIT + b_id % PER, mask=m_n)
+        tl.store(p_n, b_page * APART + b_id % PER * GROUP, mask=m_n)
 
 
-def groups_apart(k: Tensor, v: Tensor, kv_block: int) -> int:
-    """Key groups from one page's begin to the next's, counted in rows of `k`; 0 where ids cannot say where rows lie."""
+def place_unit(k: Tensor, v: Tensor, kv_block: int) -> int:
+    """Elements that divide the way from one page, and from one key group, to the next; 0 where ids cannot say where rows lie."""
     pages, size = k.shape[:2]
-    apart = k.stride(0) // k.stride(1) if k.stride(1) else 0
-    whole = size % kv_block == 0 and apart % kv_block == 0 and apart * k.stride(1) == k.stride(0)
-    # the rows of values lie as those of keys do
+    unit = math.gcd(k.stride(0), k.stride(1) * kv_block)
+    # the rows of values lie as those of keys do, and a place has 31 bits
     alike = k.stride()[:2] == v.stride()[:2]
-    return apart // kv_block if whole and alike and pages * apart < 2**31 else 0
+    return unit if size % kv_block == 0 and alike and unit and pages * k.stride(0) // unit < 2**31 else 0
 
 
-def place(ids: Tensor, counts: Tensor, pages: Tensor, *, unit: int, per_page: int, last: int, out: Tensor) -> Tensor:
-    """Ids of key groups as the places of their rows in the pool: once a list, rather than once a head in its loop."""
+def place(ids: Tensor, counts: Tensor, pages: Tensor, k: Tensor, *, kv_block: int, unit: int, last: int) -> Tensor:
+    """Write over ids of key groups the places of their rows in the pool `k`: once a list, rather than once a head in its loop.
+
+    Args:
+        unit: Elements that a place counts, as `place_unit` gives them.
+        last: The last group that there is.
+    """
     B, S, lists, _ = ids.shape
+    per, apart, group = k.shape[1] // kv_block, k.stride(0) // unit, k.stride(1) * kv_block // unit
     _place_kernel[(lists, B * S)](
-        ids, counts, pages, out, *ids.stride()[:3], *counts.stride(), *out.stride()[:3], pages.stride(0), last, unit,
-        S=S, PER=per_page, BLOCK=1024, num_warps=4,
+        ids, counts, pages, *ids.stride()[:3], *counts.stride(), pages.stride(0), last, apart, group,
+        S=S, PER=per, BLOCK=1024, num_warps=4,
     )  # fmt: skip
-    return out
+    return ids
 
 
 def sparse_prefill_triton(
@@ -327,12 +342,11 @@ def _launch(
         words, counts = ids, support.counts
     paged = 0 if page_table is None else k.shape[1]
     r = support.granularity.kv_block
-    unit = groups_apart(k, v, r) if page_table is not None else 0
+    unit = 0 if page_table is None else place_unit(k, v, r)
     if page_table is not None and unit and ids.shape[-1]:
         # a union is ours to write over, a support is not
-        out_ids = ids if words is not ids else torch.empty_like(ids, memory_format=torch.contiguous_format)
-        last = (support.q_start + TQ - 1) // r
-        ids = place(ids, counts, page_table, unit=unit, per_page=paged // r, last=last, out=out_ids)
+        ids = ids.clone() if words is ids else ids
+        ids = place(ids, counts, page_table, k, kv_block=r, unit=unit, last=(support.q_start + TQ - 1) // r)
     tiles = triton.cdiv(support.q_start + TQ, tile.tokens) - support.q_start // tile.tokens
     bd, bdv = (max(triton.next_power_of_2(d), 16) for d in (D, DV))
     _sparse_kernel[(tiles * HK * triton.cdiv(HQ // HK, tile.heads), B)](
@@ -340,7 +354,7 @@ def _launch(
         ids if page_table is None else page_table, scale, 1.0 if softcap is None else softcap,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *lse.stride()[:2],
         *ids.stride()[:3], *counts.stride(), 0 if page_table is None else page_table.stride(0),
-        TQ, support.q_start, support.sink,
+        unit, TQ, support.q_start, support.sink,
         HQ=HQ, HK=HK, S=support.groups.shape[1], D=D, DV=DV, BD=bd, BDV=bdv, QB=g, R=r,
         BT=tile.tokens, BH=tile.heads, BN=tile.keys, MEMBER=tile.tokens > g, CAP=softcap is not None,
         SINKS=sinks is not None, PAGE=paged, FAR_PAGE=0 if unit else paged, STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
