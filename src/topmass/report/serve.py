@@ -155,7 +155,7 @@ def _answer(case: ServeCase) -> str:
         f"{_where(case)}: sparse takes {time.median:,.4g} ms to the first token (p90 {time.p90:,.4g}), {ratio.median:.3g} times "
         f"(p10-p90 {ratio.p10:.3g} to {ratio.p90:.3g}) as fast as dense"
     )
-    if case.attained is not None:
+    if case.attained is not None and case.attained > 0:
         text += f", {case.attained:.0%} of what the floor saves"
     if case.over_floor is not None:
         text += f", {case.over_floor:.1%} over the floor"
@@ -180,15 +180,9 @@ def notes(runs: Sequence[LoadedRun]) -> list[str]:
 def _prompts(config: Mapping[str, Any]) -> str:
     if text := config.get("text"):
         return f"Prompts are windows of {text}."
-    if (repeat := config.get("repeat", 1)) > 1:
-        return (
-            f"Prompts are random tokens, each {repeat} times in a row, so that neighbouring queries select much alike, as they do "
-            "in text."
-        )
-    return (
-        "Prompts are random tokens: neighbouring queries select unlike keys, which no text does and which costs the sparse "
-        "mode most."
-    )
+    # of runs before untrained indexers were made to select alike for neighbours
+    rows = f", each {config['repeat']} times in a row" if config.get("repeat", 1) > 1 else ""
+    return f"Prompts are random tokens{rows}."
 
 
 def ttft_by_length(table: ServeTable, model: str, device: str) -> alt.TopLevelMixin | None:
