@@ -119,8 +119,10 @@ class Session:
         self._configs: list[Any] = list({id(m.config): m.config for m in self.layers.values()}.values())
         self._original: list[str] = []
         self._capture, self._index, self._leave = capture or index is not None, index, leave
-        # the forward that runs is left to the model's own attention; and is of one generated token, so that there is a cache
-        self._left = self._one_token = False
+        # the forward that runs is left to the model's own attention
+        self._left = False
+        # what its attention modules were called with, if it is of one generated token
+        self._token: list[tuple[nn.Module, dict[str, Any]]] | None = None
         # the cache that was checked last, which is its owner's to keep, and how many layers it had
         self._checked: tuple[Callable[[], Any], int] = (lambda: None), 0
         self._received: dict[int, LayerInputs] = {}
@@ -193,9 +195,12 @@ class Session:
             self._check_cache(cache)
         self._received.clear()
         self._tables.clear()
-        self._left = given is not None and self._leaves(given, mask, cache)
+        start = 0 if cache is None else cache.get_seq_length(next(iter(self.layers)))
+        self._left = given is not None and self._leaves(given, mask, start)
         if self._left:
             self._name(self._original)
+            if given is not None and given.shape[1] == 1 and start > 0:
+                self._token = []
         self.attend.begin_forward()
 
     def _check_cache(self, cache: Any) -> None:
@@ -208,24 +213,25 @@ class Session:
                 self._index.check_cache(cache, layer)
         self._checked = weakref.ref(cache), len(layers)
 
-    def _leaves(self, given: Tensor, mask: Any, cache: Any) -> bool:
+    def _leaves(self, given: Tensor, mask: Any, start: int) -> bool:
         if self._leave is None or (self._index is not None and not self._index.reads_hidden):
             return False
         batch, length = given.shape[:2]
-        start = 0 if cache is None else cache.get_seq_length(next(iter(self.layers)))
         # a wrapper that made the mask made it for this session
         if not (mask is None or (isinstance(mask, Tensor) and mask.shape == (batch, start + length))):
             return False
-        self._one_token = length == 1 and start > 0
         # padding moves positions; a generated token is never padding
-        if not self._one_token and mask is not None and not bool(mask.all()):
+        if (length > 1 or start == 0) and mask is not None and not bool(mask.all()):
             return False
         return self._leave(batch, start, length)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._left:
-            self._left = False
+            token, self._token, self._left = self._token, None, False
             self._name([NAME] * len(self._configs))
+            # together, and after the layers have run: a call a layer would cost as much again
+            for layer_module, kwargs in token or ():
+                self._wait(layer_module, kwargs)
             self._write_left()
 
     def _name(self, names: Iterable[str]) -> None:
@@ -245,25 +251,28 @@ class Session:
 
     def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         kwargs = _by_name(module, args, kwargs)
-        layer = self._layer_of[id(module)]
-        cos, sin = self._rope_tables(layer, module, kwargs.get("position_embeddings"))
+        if self._token is not None:
+            self._token.append((module, kwargs))
+            return
         if self._left:
-            if self._one_token and self._waits(layer, kwargs, cos, sin):
-                return
             self._write_left()
-        self._received[layer] = LayerInputs(
-            hidden=kwargs["hidden_states"],
-            cos=cos,
-            sin=sin,
-            cache=kwargs.get("past_key_values"),
-            pairs=self._family.pairs,
-        )
+        layer = self._layer_of[id(module)]
+        self._received[layer] = self._inputs(layer, module, kwargs)
 
-    def _waits(self, layer: int, kwargs: dict[str, Any], cos: Tensor | None, sin: Tensor | None) -> bool:
+    def _inputs(self, layer: int, module: nn.Module, kwargs: dict[str, Any]) -> LayerInputs:
+        cos, sin = self._rope_tables(layer, module, kwargs.get("position_embeddings"))
+        cache = kwargs.get("past_key_values")
+        return LayerInputs(hidden=kwargs["hidden_states"], cos=cos, sin=sin, cache=cache, pairs=self._family.pairs)
+
+    def _wait(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
+        """Let the generated token wait for its index key in one layer, or write the keys of all that wait there."""
         cache = kwargs.get("past_key_values")
         if self._index is None or cache is None:
-            return False
-        return self._index.wait(cache.layers[layer], kwargs["hidden_states"], cos, sin)
+            return
+        layer = self._layer_of[id(module)]
+        tables = self._rope_tables(layer, module, kwargs.get("position_embeddings"))
+        if not self._index.wait(cache.layers[layer], kwargs["hidden_states"], *tables):
+            self._index.extend(layer, self._inputs(layer, module, kwargs), kwargs["hidden_states"], later=True)
 
     def _rope_tables(self, layer: int, module: nn.Module, given: Any) -> tuple[Tensor | None, Tensor | None]:
         # the layers of a forward are given the same tables

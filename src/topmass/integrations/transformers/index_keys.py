@@ -92,7 +92,7 @@ class _IndexedLayer:
     def index_seen(self) -> int:
         """Positions that have an index key, or wait for one."""
         rows = 0 if self.index_rows is None else len(self.index_rows)
-        return rows + sum(x.positions for x in self.index_waiting)
+        return rows + sum(x.features.shape[1] for x in self.index_waiting)
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
@@ -229,9 +229,10 @@ class IndexKeys:
         """
         if not isinstance(held, _IndexedLayer):
             return True
-        if not self._defer or len(held.index_waiting) >= MOST_WAITING:
+        waiting = held.index_waiting
+        if not self._defer or len(waiting) >= MOST_WAITING:
             return False
-        held.index_waiting = (*held.index_waiting, Waiting(features.detach(), cos, sin))
+        held.index_waiting = (*waiting, Waiting(features.detach() if features.requires_grad else features, cos, sin))
         return True
 
     def extend(
