@@ -1,5 +1,6 @@
 """The sweep of launch settings: candidates around today's, wrong results told from slow ones, and a file that is gone on with."""
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +10,21 @@ from typing import Any
 import pytest
 import torch
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 pytest.importorskip("triton")
 # numpy's, of the interpreter
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning:triton")
 
 
 @pytest.fixture
-def sweep(load_recipe: Callable[[str], ModuleType]) -> ModuleType:
+def sweep(load_recipe: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(RECIPES / "kernels"))
     return load_recipe("kernels/sweep.py")
+
+
+@pytest.fixture
+def cases(sweep: ModuleType) -> ModuleType:
+    return importlib.import_module("sweep_cases")
 
 
 @pytest.mark.parametrize("small", [False, True])
@@ -34,9 +42,9 @@ def test_every_case_is_listed_once_and_begins_with_todays_settings(sweep: Module
         assert all(not case.hopeless(config, 100_000) for config in case.candidates(100_000)[1:])
 
 
-def test_neighbours_share_two_thirds_of_a_random_support(sweep: ModuleType) -> None:
-    case = sweep.Attend(length=1024, q_heads=4, kv_heads=1, dim=32, q_block=1, kv_block=4, budget=192, sink=4, window=8)
-    support = sweep.Draw("cpu").support(case.rule(1, 4), case.length)
+def test_neighbours_share_two_thirds_of_a_random_support(cases: ModuleType) -> None:
+    case = cases.Attend(length=1024, q_heads=4, kv_heads=1, dim=32, q_block=1, kv_block=4, budget=192, sink=4, window=8)
+    support = cases.Draw("cpu").support(case.rule(1, 4), case.length)
     groups, counts = support.groups[0, 0], support.counts[0, 0]
     rows = groups[-32:]
     assert (counts[-32:] == rows.shape[1]).all()
@@ -102,17 +110,17 @@ def test_wrong_results_and_failures_are_recorded_and_never_win(
     assert len(list(sweep.describe(record))) == 5
 
 
-def test_a_nan_or_another_value_is_an_error(sweep: ModuleType) -> None:
+def test_a_nan_or_another_value_is_an_error(cases: ModuleType) -> None:
     a = torch.randn(1, 40, 2, 32)
     lse = torch.randn(1, 40, 2)
-    assert sweep.Attend.error((a, lse), (a.clone(), lse.clone())) == (0.0, 0)
+    assert cases.Attend.error((a, lse), (a.clone(), lse.clone())) == (0.0, 0)
     bad = a.clone()
     bad[0, 7, 1, 3] = float("nan")
-    assert sweep.Attend.error((bad, lse), (a, lse))[0] > 1
+    assert cases.Attend.error((bad, lse), (a, lse))[0] > 1
     off = lse + 0.01
-    assert sweep.Attend.error((a, off), (a, lse))[0] > 1
-    assert sweep.Scores.error(a[0, :, 0] + 0.1, a[0, :, 0])[0] > 1
-    assert sweep._unequal(torch.tensor([1, 2]), torch.tensor([1, 3])) == (2.0, 1)
+    assert cases.Attend.error((a, off), (a, lse))[0] > 1
+    assert cases.Scores.error(a[0, :, 0] + 0.1, a[0, :, 0])[0] > 1
+    assert cases._unequal(torch.tensor([1, 2]), torch.tensor([1, 3])) == (2.0, 1)
 
 
 def test_one_entry_serves_cases_that_lose_little(sweep: ModuleType) -> None:
