@@ -188,7 +188,8 @@ def judge(args: Any, store: Store, batch: Any, alone: Any, load: Load, held: Any
         not load.counts["cancelled"]
     )
     store.put(
-        f"soak {args.seed}", {"counts": load.counts, "held": held, "pairs": pairs, "wrong": wrong, "version": version()}
+        f"soak {args.seed}",
+        {"counts": load.counts, "held": held, "pairs": pairs, "equal": same, "wrong": wrong, "version": version()},
     )
     print("ok" if not wrong else f"WRONG: {', '.join(wrong)}")
     return bool(wrong)

@@ -64,7 +64,7 @@ def prepare(
     elif setting.interleave:
         options["gpu_memory_utilization"] = round(0.9 / len(setting.modes), 3)
     if indexer is None and "config" not in setting.sparse and "sparse" in setting.modes:
-        say("no indexer was given: an untrained one is served, which costs the same")
+        say("no indexer was given: an untrained one is served, whose neighbouring queries select 3 to 4 times what one does")
         indexer = str(untrained_indexer(where, folder / "indexer", dim=dim, kv_block=kv_block))
     if shape and text is not None:
         raise ConfigError(f"The shape {model} has no words to read {text} with; name a model, or leave the text out.")
@@ -168,7 +168,7 @@ def _needles(model: Path, length: int, say: Callable[[str], Any]) -> list[int]:
 
 
 def untrained_indexer(model: str | Path, folder: Path, *, dim: int = 64, kv_block: int = 1) -> Path:
-    """Save a `stress_indexer` for a model, which costs what a trained one costs."""
+    """Save a `stress_indexer` for a model: it stands in for a trained one."""
     text = _text(model)
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
     full = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")

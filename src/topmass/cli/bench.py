@@ -154,7 +154,7 @@ class TtftConfig:
         budgets: Keys per query: tokens, `5%`, or `mass:0.95<=4096`.
         q_blocks: Queries that share one selection; 1 selects per query.
         kv_blocks: Keys taken together; default the indexer's own, or 1.
-        indexer: Directories of indexers, or `reference`; default an untrained one, which costs the same.
+        indexer: Directories of indexers, or `reference`; default an untrained one that stands in for it.
         dense: Dense kernels to time beside the model as it is (`stock`); default all that the device has.
         dense_below: Positions up to this length attend densely.
         chunk: Tokens of a prompt computed in one forward; 0 for all of them.

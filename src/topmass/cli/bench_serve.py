@@ -31,7 +31,7 @@ class ServeConfig:
         text: UTF-8 file that prompts are windows of; default text of the needle task, and random tokens for a shape.
         modes: The engine as it is, with the indexer, and with attention replaced by a copy of the values.
         drivers: The engine alone, and the OpenAI-compatible server.
-        indexer: Directory of an indexer, or `reference`; default an untrained one, which costs the same.
+        indexer: Directory of an indexer, or `reference`; default an untrained one that stands in for it.
         budget: Keys per query: tokens, `5%`, or `mass:0.95<=4096`.
         dense_below: Positions up to this length attend densely.
         serve: A file that `topmass frontier --toml` wrote, or one with the plugin's settings, in the place of these three.
