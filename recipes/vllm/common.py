@@ -56,7 +56,10 @@ class Store:
     def __init__(self, path: Path):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        self.found: dict[str, Any] = self._read()
+
+    def _read(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text()) if self.path.is_file() else {}
 
     def __contains__(self, name: str) -> bool:
         return name in self.found
@@ -65,8 +68,9 @@ class Store:
         return self.found[name]
 
     def put(self, name: str, value: Any) -> Any:
-        self.found[name] = value
-        temporary = self.path.with_suffix(".tmp")
+        # of other processes that have written since
+        self.found = {**self._read(), **self.found, name: value}
+        temporary = self.path.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps(self.found))
         temporary.replace(self.path)
         return value

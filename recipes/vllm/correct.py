@@ -6,7 +6,7 @@
 `answers`: samples of five tasks with the shipped indexer, the same budget and greedy decoding in both; also dense in both, because
 bfloat16 alone changes some answers. `variations`: the first divergence of the generated tokens from those of whole prompts with CUDA
 graphs, for chunks, prefix caching, eager execution and two GPUs, and with the same variations of the stock engine beside. What is in
-the file is not run again.
+the file is not run again: after a change of the code take another `--out`. Several processes may share one (`--kinds`, `--variations`).
 """
 
 import argparse
@@ -127,7 +127,7 @@ def variations(args: argparse.Namespace, store: Store, clock: Clock) -> None:
         if (name == "eager" and not on_gpu()) or (name == "two GPUs" and torch.cuda.device_count() < 2):
             continue
         for kind in args.kinds:
-            key = f"variation {kind} {name} {len(prompts)} x {args.length} b={args.budget}"
+            key = where(kind, len(prompts), args).format(name)
             if key in store or not clock.left(25):
                 continue
             begin = clock.used
@@ -146,12 +146,18 @@ def variations(args: argparse.Namespace, store: Store, clock: Clock) -> None:
     show(args, store, len(prompts))
 
 
+def where(kind: str, n: int, args: argparse.Namespace) -> str:
+    """Key of a result in the file, but for the variation's name."""
+    decode = " decode=sparse" if kind == "sparse" and args.decode == "sparse" else ""
+    return f"variation {kind} {{}} {n} x {args.length} b={args.budget}{decode}"
+
+
 def show(args: argparse.Namespace, store: Store, n: int) -> None:
     """Print the table, and whether sparse diverges more often than dense does."""
-    where = {k: f"variation {k} {{}} {n} x {args.length} b={args.budget}" for k in ("sparse", "dense")}
+    keys = {k: where(k, n, args) for k in ("sparse", "dense")}
     for name in VARIATIONS:
         firsts = {}
-        for kind, key in where.items():
+        for kind, key in keys.items():
             if key.format("whole") in store and key.format(name) in store and name != "whole":
                 pairs = zip(store[key.format("whole")], store[key.format(name)], strict=True)
                 firsts[kind] = [f for f in (first(a, b) for a, b in pairs) if f is not None]
@@ -190,6 +196,8 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=("sparse", "dense"), default=["sparse", "dense"])
     parser.add_argument("--decode", choices=("dense", "sparse"), default="dense")
     args = parser.parse_args()
+    if args.what == "answers" and args.decode == "sparse":
+        parser.error("answers are generated with dense decoding; --decode is for variations.")
     clock, store = Clock(args.seconds), Store(args.out / f"{args.what}.json")
     print(f"{version()}; {REFERENCE.name}, budget {args.budget}", flush=True)
     (answers if args.what == "answers" else variations)(args, store, clock)

@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             **json.loads(json.dumps(vars(args), default=str)),
             "interleave": not args.one_by_one,
             "text": launch.source,
+            "stand_in": launch.stand_in,
         }
         # a limit, and where it lies, are no part of what is measured
         for name in ("seconds", "out", "finish"):

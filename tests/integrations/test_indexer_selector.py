@@ -182,6 +182,21 @@ def test_a_model_is_described_as_it_runs(models, family):
 # chunks, padding
 
 
+def test_weights_are_sampled_again_where_they_changed(models):
+    model = copy.deepcopy(models("qwen3"))
+    sampled = [describe_model(model)[0].weights]
+    assert describe_model(model)[0].weights == sampled[0] == describe_model(models("qwen3"))[0].weights
+    attention = find_layers(model)[1][0]
+    with torch.no_grad():
+        attention.q_proj.weight.mul_(2)
+    sampled.append(describe_model(model)[0].weights)
+    attention.k_proj.weight = torch.nn.Parameter(attention.k_proj.weight * 2)
+    sampled.append(describe_model(model)[0].weights)
+    attention.v_proj.weight.data = attention.v_proj.weight.data * 2
+    sampled.append(describe_model(model)[0].weights)
+    assert len(set(sampled)) == 4
+
+
 @pytest.mark.usefixtures("float64_throughout")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_budget_of_all_keys_is_dense(models, family):

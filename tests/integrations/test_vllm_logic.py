@@ -11,7 +11,7 @@ from topmass.core.budget import Budget
 from topmass.core.granularity import Granularity
 from topmass.core.plan import Plan
 from topmass.core.rule import SupportRule
-from topmass.errors import ConfigError, DataError
+from topmass.errors import ConfigError, DataError, UnsupportedModelError
 from topmass.integrations.vllm.batch import Batch, Step, first_sparse, keys_read
 from topmass.integrations.vllm.metrics import HELP, Counters, samples
 from topmass.integrations.vllm.pages import PageLayout
@@ -209,21 +209,23 @@ def test_pages_return_what_was_written(heads, dim, columns):
     n = 10
     slots = pages[torch.arange(n) // 4] * 4 + torch.arange(n) % 4
     key, value, index = torch.randn(n, heads, 8), torch.randn(n, heads, 8), torch.randn(n, dim)
-    layout.write_tokens(cache, key, value, slots)
-    layout.write_index(cache, index, slots)
-    assert torch.equal(layout.keys(cache)[pages].flatten(0, 1)[:n], key)
-    assert torch.equal(layout.values(cache)[pages].flatten(0, 1)[:n], value)
-    assert torch.equal(layout.read_index(cache, pages, n, dim), index)
+    opened = layout.open(cache)
+    opened.write_tokens(key, value, slots)
+    opened.write_index(index, slots)
+    assert torch.equal(opened.keys[pages].flatten(0, 1)[:n], key)
+    assert torch.equal(opened.values[pages].flatten(0, 1)[:n], value)
+    assert torch.equal(opened.read_index(pages, n, dim), index)
     assert cache[[0, 2, 4]].isnan().all()
 
 
 def test_padding_is_written_to_the_page_of_nobody():
     layout = PageLayout.fit(kv_heads=2, head_dim=8, index_dim=16)
     cache = torch.zeros(3, 2, 4, layout.width)
-    layout.write_index(cache, torch.ones(3, 16), torch.tensor([4, -1, -1]))
-    assert layout.index(cache)[1, 0].eq(1).all()
+    pages = layout.open(cache)
+    pages.write_index(torch.ones(3, 16), torch.tensor([4, -1, -1]))
+    assert pages.index[1, 0].eq(1).all()
     assert cache[1:].sum() == 16
-    assert layout.index(cache)[0, 1:].eq(0).all()
+    assert pages.index[0, 1:].eq(0).all()
 
 
 @pytest.mark.parametrize("heads_first", [True, False])
@@ -233,14 +235,23 @@ def test_keys_and_values_lie_as_in_a_page_without_index_keys(heads_first):
     # pages of other layers between
     cache = torch.arange(2.0 * 3 * 8 * layout.width).view(6, *shape[1:])[::2]
     cache = cache if heads_first else cache.transpose(1, 2)
-    rows, index = layout.rows(cache), layout.index(cache)
+    pages = layout.open(cache)
+    rows, index = pages.rows, pages.index
     assert rows.stride() == (2 * 8 * layout.width, 4 * 16, 16, 1)
-    assert torch.equal(layout.keys(cache), rows.transpose(1, 2)[..., :8])
-    assert torch.equal(layout.values(cache), rows.transpose(1, 2)[..., 8:])
+    assert torch.equal(pages.keys, rows.transpose(1, 2)[..., :8])
+    assert torch.equal(pages.values, rows.transpose(1, 2)[..., 8:])
     # together they are the page, and nothing beside it
     for page in range(3):
         held = torch.cat([rows[page].flatten(), index[page].flatten()])
         assert torch.equal(held.sort().values, cache[page].flatten().sort().values)
+
+
+def test_a_page_in_pieces_is_refused():
+    layout = PageLayout.fit(kv_heads=2, head_dim=8, index_dim=16)
+    # the heads of all pages one after the other
+    cache = torch.zeros(2, 3, 4, layout.width).transpose(0, 1)
+    with pytest.raises(UnsupportedModelError, match="VLLM_KV_CACHE_LAYOUT"):
+        layout.open(cache)
 
 
 # receipts
@@ -310,8 +321,9 @@ class Layer:
         self.cache = torch.full((n + 4, 2, page_size, self.layout.width), float("nan"))
         slots = self.pages.long()[torch.arange(length) // page_size] * page_size + torch.arange(length) % page_size
         stored = self.raw[0] if self.module.config.kv_block > 1 else self.finish(self.raw[0])
-        self.layout.write_tokens(self.cache, self.k, self.v, slots)
-        self.layout.write_index(self.cache, stored, slots)
+        self.opened = self.layout.open(self.cache)
+        self.opened.write_tokens(self.k, self.v, slots)
+        self.opened.write_index(stored, slots)
 
     def finish(self, raw):
         return self.module.finish_keys(raw[None], *(x[:, : raw.shape[0]] for x in self.tables))[0]
@@ -322,10 +334,9 @@ class Layer:
         return self.server.attend(
             self.q[start:stop],
             self.iq[0, start:stop],
-            self.cache,
+            self.opened,
             self.pages,
             part,
-            layout=self.layout,
             arithmetic=Arithmetic(scale=0.5),
             finish=(lambda stored: stored) if self.module.config.kv_block == 1 else self.finish,
         )

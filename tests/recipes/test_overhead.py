@@ -53,7 +53,7 @@ def test_ways_alternate_and_warm_rounds_do_not_count(overhead: ModuleType) -> No
     overhead.now = lambda device: next(clock) ** 2
     ways, model = {name: Way() for name in "abc"}, SimpleNamespace(device=torch.device("cpu"))
 
-    found = overhead.alternate(ways, model, lambda name: lambda: called.append(name), 4, warm=2)
+    found = overhead.alternate(ways, model, lambda name: lambda: called.append(name), 4, warm=2, before=lambda: None)
 
     assert {name: len(values) for name, values in found.items()} == dict.fromkeys("abc", 4)
     rounds = [called[i : i + 3] for i in range(0, len(called), 3)]

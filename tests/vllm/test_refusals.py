@@ -63,3 +63,16 @@ def test_a_budget_that_holds_nothing(qwen3, engine):
 
 def test_a_misspelt_setting(qwen3, engine):
     assert "did you mean 'dense_below'" in refusal(lambda: engine(qwen3, {"budget": 48, "dense_bellow": 4}))
+
+
+def test_pages_that_travel(qwen3, engine):
+    found = refusal(
+        lambda: engine(
+            qwen3, {"budget": 48}, kv_transfer_config={"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+        )
+    )
+    assert "leave --kv-transfer-config out" in found
+
+
+def test_micro_batches(qwen3, engine):
+    assert "--ubatch-size" in refusal(lambda: engine(qwen3, {"budget": 48}, ubatch_size=2))

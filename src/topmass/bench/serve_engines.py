@@ -37,6 +37,7 @@ class Launch:
         text: Token ids of a text that prompts are windows of; none draws random ones.
         source: What that text is called.
         indexer: Directory of the indexer, or `reference`.
+        stand_in: It is a `stress_indexer`.
         python: Interpreter that has vLLM.
         options: Arguments of every engine, by their name in Python.
         patience: Seconds that a start may take.
@@ -47,6 +48,7 @@ class Launch:
     text: Sequence[int] = ()
     source: str = ""
     indexer: str = ""
+    stand_in: bool = False
     python: str = sys.executable
     options: Mapping[str, Any] = field(default_factory=dict)
     patience: float | int = 900

@@ -15,7 +15,7 @@ from topmass.bench.stress import stress_indexer
 from topmass.errors import ConfigError, DataError
 from topmass.integrations.transformers.load import load_tokenizer
 from topmass.integrations.transformers.reference import REFERENCE
-from topmass.selection.indexer import IndexerConfig, ModelFingerprint, rotary_width
+from topmass.selection.indexer import Indexer, IndexerConfig, ModelFingerprint, rotary_width
 
 __all__ = ["prepare", "read_tokens", "untrained_indexer", "vocabulary_of", "write_shape"]
 
@@ -63,9 +63,15 @@ def prepare(
         say("warning: on a CPU plain PyTorch is timed, which says nothing of any kernel")
     elif setting.interleave:
         options["gpu_memory_utilization"] = round(0.9 / len(setting.modes), 3)
-    if indexer is None and "config" not in setting.sparse and "sparse" in setting.modes:
-        say("no indexer was given: an untrained one is served, whose neighbouring queries select 3 to 4 times what one does")
-        indexer = str(untrained_indexer(where, folder / "indexer", dim=dim, kv_block=kv_block))
+    untrained = indexer is None and "config" not in setting.sparse and "sparse" in setting.modes
+    if untrained:
+        alike = (
+            "whose 32 neighbouring queries select 3 to 4 times what one does"
+            if shape
+            else "which shows no trained one's time"
+        )
+        say(f"no indexer was given: an untrained one is served, {alike}")
+        indexer = str(untrained_indexer(where, folder / "indexer", dim=dim, kv_block=kv_block, stress=shape))
     if shape and text is not None:
         raise ConfigError(f"The shape {model} has no words to read {text} with; name a model, or leave the text out.")
     ids = [] if shape else _needles(where, max(setting.lengths), say) if text is None else read_tokens(where, text)
@@ -75,6 +81,7 @@ def prepare(
         text=ids,
         source=str(text or "the needle task's text") if ids else "",
         indexer=indexer or "",
+        stand_in=untrained and shape,
         options=options,
     )
     return launch, {"model": model, "weights_hash": None if shape else _digest(where), "device": device}
@@ -167,13 +174,16 @@ def _needles(model: Path, length: int, say: Callable[[str], Any]) -> list[int]:
     return tokenizer(sample.context, add_special_tokens=False)["input_ids"]
 
 
-def untrained_indexer(model: str | Path, folder: Path, *, dim: int = 64, kv_block: int = 1) -> Path:
-    """Save a `stress_indexer` for a model: it stands in for a trained one."""
+def untrained_indexer(
+    model: str | Path, folder: Path, *, dim: int = 64, kv_block: int = 1, stress: bool = False
+) -> Path:
+    """Save an untrained indexer for a model, a `stress_indexer` for one with random weights."""
     text = _text(model)
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
     full = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
     fingerprint = ModelFingerprint.from_config(text, full)
     width = min(rotary_width(fingerprint), dim // 2 * 2)
     config = IndexerConfig(hidden_size=text.hidden_size, dim=dim, rotary_dim=width, kv_block=kv_block)
-    stress_indexer(dict.fromkeys(full, config), fingerprint).save(folder)
+    make = stress_indexer if stress else Indexer.create
+    make(dict.fromkeys(full, config), fingerprint).save(folder)
     return folder

@@ -13,12 +13,12 @@ APART = 0.004
 
 
 def stress_indexer(layers: Mapping[int, IndexerConfig], fingerprint: ModelFingerprint) -> Indexer:
-    """An indexer with random weights, in which neighbouring queries select much alike.
+    """An indexer with random weights, for models with random weights: neighbouring queries select much alike.
 
     Kernels that select per query gather what a tile of neighbouring queries selects between them, so that their time depends on how
     alike it is. Queries in random directions have nothing in common: 32 of them select 25 times what one does, 2,048 of 128K keys,
     where the bundled model's trained indexer needs 2.3 to 4.5 times. Here the norm of the queries keeps one dimension, whose sign
-    decides between two selections, and 0.4 % of the others, which tell queries of one sign apart: 3.2 times at 16K, 3.8 at 128K.
+    decides between two selections, and 0.4 % of the others, which tell queries of one sign apart: 3.2 times at 16K, 3.8 at 128K, for hidden states in random directions.
 
     Args:
         layers: Configuration by layer index.

@@ -60,6 +60,7 @@ class Setting:
         rounds: Times that everything is timed.
         backend: Sparse kernels: `auto`, or a name that never falls back.
         dim: Width of an untrained indexer's queries and keys.
+        random_weights: The model's weights are random, so that an untrained indexer is a `stress_indexer`.
 
     Raises:
         ConfigError: A value is out of range.
@@ -76,6 +77,7 @@ class Setting:
     rounds: int = 5
     backend: str = "auto"
     dim: int = 128
+    random_weights: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("rounds", 1), ("dim", 1), ("chunk", 0), ("new_tokens", 0), ("dense_below", 0)):
@@ -239,7 +241,8 @@ def _selectors(model: nn.Module, setting: Setting, indexers: Sequence[Indexer]) 
     trained = list(indexers)
     if "indexer" in setting.selectors and not trained:
         fingerprint, _ = describe_model(model)
-        trained = [stress_indexer(index_configs(model, dim=setting.dim, kv_block=r), fingerprint) for r in blocks]
+        make = stress_indexer if setting.random_weights else Indexer.create
+        trained = [make(index_configs(model, dim=setting.dim, kv_block=r), fingerprint) for r in blocks]
     for kind in dict.fromkeys(setting.selectors):
         for budget in dict.fromkeys(setting.budgets):
             if kind == "streaming":

@@ -218,10 +218,12 @@ def ttft(
 
     given = asdict(settings)
     which = {name: given.pop(name) for name in ("lengths", "batch", "indexer", "seed")}
-    setting = bench.Setting(**given)
+    # before anything is loaded
+    bench.Setting(**given)
     indexers = {name: named_indexer(name) for name in dict.fromkeys(which["indexer"])}
     loaded, prompts, facts = _model(model, dtype, device, which["seed"])
     stress = facts["weights_hash"] is None
+    setting = bench.Setting(**given, random_weights=stress)
     if stress:
         say("random weights: stress rows, which say nothing of quality")
     path = write_run(

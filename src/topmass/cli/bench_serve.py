@@ -108,6 +108,7 @@ def serve(
             | {
                 "serve": str(settings.serve or ""),
                 "text": launch.source,
+                "stand_in": launch.stand_in,
                 "interleave": setting.interleave,
             },
             facts,

@@ -214,13 +214,14 @@ def _dense_below(settings: EvalConfig) -> int:
 
 def _check_indexer(name: str | None, model: Any) -> None:
     """Refuse an indexer of another model before dense attention and the oracle have run."""
+    from topmass.integrations.transformers.families import find_layers
     from topmass.integrations.transformers.index_features import check_indexer
     from topmass.selection.indexer import named_indexer
 
     if name is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a fine-tune is warned of when the indexer runs
-            check_indexer(named_indexer(name), model)
+            check_indexer(named_indexer(name), *find_layers(model))
 
 
 def _unlike_oracle(settings: EvalConfig) -> str:

@@ -115,7 +115,6 @@ class Session:
         self.attend = attend
         self._family = family_of(self.decoder)
         self._layer_of = {id(m): i for i, m in self.layers.items()}
-        self._own = {id(m) for m in self.decoder.modules()}
         self._configs: list[Any] = list({id(m.config): m.config for m in self.layers.values()}.values())
         self._original: list[str] = []
         self._capture, self._index, self._leave = capture or index is not None, index, leave
@@ -171,6 +170,11 @@ class Session:
         if not _BY_CONFIG:
             type(ALL_ATTENTION_FUNCTIONS)._global_mapping.pop(NAME, None)
             type(ALL_MASK_ATTENTION_FUNCTIONS)._global_mapping.pop(NAME, None)
+
+    @functools.cached_property
+    def own(self) -> set[int]:
+        """Identities of the decoder's modules."""
+        return {id(m) for m in self.decoder.modules()}
 
     def original(self, config: Any) -> str:
         """Attention implementation that `config` named before this session."""
@@ -387,7 +391,7 @@ def _hand_on(
 ) -> Any:
     # a layer of the same model that topmass leaves alone (sliding window, for example)
     session = _BY_CONFIG.get(id(module.config))
-    if session is None or id(module) not in session._own:
+    if session is None or id(module) not in session.own:
         raise ConfigError(
             "Another model was built from the configuration object of a model inside topmass.sparsify, or copied from that "
             "model, and would run with the wrong mask; give it a configuration of its own, or run it outside the block."

@@ -181,23 +181,31 @@ def find_layers(model: nn.Module) -> tuple[PreTrainedModel, dict[int, nn.Module]
     Raises:
         UnsupportedModelError: The architecture is not known, or has no full-attention layer.
     """
-    parts = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    # one walk: a block is entered for every prompt
+    modules = list(model.named_modules())
+    named = {name: m for name, m in modules if isinstance(m, PreTrainedModel)}
+    parts = list(named.values())
     if not parts:
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a transformers model; load it with AutoModelForCausalLM."
         )
-    known = [m for m in parts if m.config.model_type in _FAMILIES]
+    known = {name: m for name, m in named.items() if m.config.model_type in _FAMILIES}
     if not known:
         raise UnsupportedModelError(
             f"Models of type {parts[0].config.model_type!r} are not supported{_reason(parts[0])}; supported: "
             f"{', '.join(list_families())}. Other causal GQA models: topmass.integrations.transformers.families.register_family."
         )
     # the innermost model holds the layers and receives the cache
-    inner = [m for m in known if not any(o is not m and o in known for o in m.modules())]
+    inner = [name for name in known if not any(o != name and o.startswith(_inside(name)) for o in known)]
+    # a module that is held twice has one name
+    inner = [n for n in inner if len(inner) == 1 or not any(known[o] in known[n].modules() for o in inner if o != n)]
     if len(inner) > 1:
         raise UnsupportedModelError(f"{type(model).__name__} holds {len(inner)} language models; pass one of them.")
-    decoder = inner[0]
-    found = _by_layer(decoder, family_of(decoder).attention)
+    decoder, within = known[inner[0]], _inside(inner[0])
+    attention = family_of(decoder).attention
+    found = _by_layer(
+        decoder, attention, [m for n, m in modules if n.startswith(within) and type(m).__name__ == attention]
+    )
     full = {i: m for i, m in found.items() if _is_full(decoder, i)}
     if not full:
         raise UnsupportedModelError(
@@ -206,8 +214,12 @@ def find_layers(model: nn.Module) -> tuple[PreTrainedModel, dict[int, nn.Module]
     return decoder, full
 
 
-def _by_layer(decoder: PreTrainedModel, attention: str) -> dict[int, nn.Module]:
-    modules: list[Any] = [m for m in decoder.modules() if type(m).__name__ == attention]
+def _inside(name: str) -> str:
+    """What the names of a module's parts begin with."""
+    return f"{name}." if name else ""
+
+
+def _by_layer(decoder: PreTrainedModel, attention: str, modules: list[Any]) -> dict[int, nn.Module]:
     if all(m.layer_idx >= 0 for m in modules):
         return {m.layer_idx: m for m in modules}
     # modules with shared weights do not know their layer

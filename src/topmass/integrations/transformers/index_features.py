@@ -5,18 +5,25 @@ Trainer and server share the functions here, so that what was trained is what is
 
 import hashlib
 import warnings
+import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from topmass.errors import ConfigError
 from topmass.integrations.transformers.families import family_of, find_layers
 from topmass.selection.indexer import Indexer, IndexerConfig, ModelFingerprint, rotary_width, unrotate_half_split
 
 __all__ = ["LayerInputs", "RopeInfo", "check_indexer", "describe_model", "index_configs", "index_features"]
+
+
+# what a decoder's attention weights were when they were sampled, and the digest
+_SAMPLED: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, Sequence[Any], str]]" = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +48,7 @@ def describe_model(model: nn.Module) -> tuple[ModelFingerprint, dict[int, RopeIn
         UnsupportedModelError: The architecture is not known, or has no full-attention layer.
     """
     decoder, layers = find_layers(model)
-    fingerprint = ModelFingerprint.from_config(decoder.config, tuple(layers), weights=_sample_weights(layers))
+    fingerprint = _fingerprint(decoder, layers)
     family, width = family_of(decoder), rotary_width(fingerprint)
     return fingerprint, {i: RopeInfo(rotary_dim=width if family.uses_rope(m) else 0) for i, m in sorted(layers.items())}
 
@@ -69,13 +76,16 @@ def index_configs(model: nn.Module, *, dim: int = 64, **settings: Any) -> dict[i
     }
 
 
-def check_indexer(indexer: Indexer, model: nn.Module) -> None:
+def check_indexer(indexer: Indexer, decoder: PreTrainedModel, layers: Mapping[int, nn.Module]) -> None:
     """Refuse an indexer of another model; warn where the model may be a fine-tune of the indexer's.
+
+    Args:
+        decoder: With `layers` what `find_layers` gives for the model.
 
     Raises:
         ConfigError: The model has another shape.
     """
-    fingerprint, _ = describe_model(model)
+    fingerprint = _fingerprint(decoder, layers)
     mine = indexer.info.fingerprint
     if reason := mine.refusal(fingerprint):
         name = f" ({indexer.info.model})" if indexer.info.model else ""
@@ -89,13 +99,29 @@ def check_indexer(indexer: Indexer, model: nn.Module) -> None:
         )
 
 
-def _sample_weights(layers: dict[int, nn.Module]) -> str:
+def _fingerprint(decoder: PreTrainedModel, layers: Mapping[int, nn.Module]) -> ModelFingerprint:
+    weights = [w for _, m in sorted(layers.items()) for _, w in sorted(m.named_parameters())]
+    # to read them anew for every prompt would cost more than to check that they are the same
+    marks = None if any(w.is_inference() for w in weights) else [(id(w), w.data_ptr(), w._version) for w in weights]
+    kept = _SAMPLED.get(decoder)
+    if (
+        kept is None
+        or marks is None
+        or kept[0] != marks
+        or any(r() is not w for r, w in zip(kept[1], weights, strict=True))
+    ):
+        kept = marks, [weakref.ref(w) for w in weights], _sample(weights)
+        _SAMPLED[decoder] = kept
+    return ModelFingerprint.from_config(decoder.config, tuple(layers), weights=kept[2])
+
+
+def _sample(weights: Sequence[Tensor]) -> str:
     """Digest of the first values of the attention weights, which fine-tuning changes and a change of dtype does not."""
-    parts = []
-    for _, module in sorted(layers.items()):
-        for _, weight in sorted(module.named_parameters()):
-            if weight.is_floating_point() and not weight.is_meta:
-                parts.append(weight.detach().reshape(-1)[:64].to(torch.bfloat16))
+    parts = [
+        weight.detach().reshape(-1)[:64].to(torch.bfloat16)
+        for weight in weights
+        if weight.is_floating_point() and not weight.is_meta
+    ]
     if not parts:
         return ""
     # one copy to the host unless the layers are spread over devices

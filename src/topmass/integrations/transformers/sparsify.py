@@ -375,9 +375,10 @@ def sparsify(
     if backend != "auto":
         _dispatch.known("sparse_prefill", backend)
     run = Run(selector, backend=backend, decode=decode, record_support=record_support)
+    session = Session(model, run, index=run.index, leave=run.leaves)
     if isinstance(selector, IndexerSelector):
-        check_indexer(selector.indexer, model)
-    with Session(model, run, index=run.index, leave=run.leaves) as session:
+        check_indexer(selector.indexer, session.decoder, session.layers)
+    with session:
         run._receipt = Receipt({i: LayerReceipt(layer=i) for i in sorted(session.layers)})
         try:
             yield run

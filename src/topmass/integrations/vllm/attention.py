@@ -43,7 +43,7 @@ class SparseImpl:
         n = slot_mapping.shape[0]
         self.write(layer, key[:n], value[:n], kv_cache, slot_mapping)
         if index is not None:
-            layer.layout.write_index(kv_cache, index[:n], slot_mapping)
+            layer.pages(kv_cache).write_index(index[:n], slot_mapping)
 
     def forward(
         self,
@@ -76,10 +76,9 @@ class SparseImpl:
             output[rows] = layer.server.attend(
                 query[rows],
                 iq[rows],
-                kv_cache,
+                layer.pages(kv_cache),
                 attn_metadata.block_table[part.index],
                 part,
-                layout=layer.layout,
                 arithmetic=arithmetic,
                 finish=layer.index.finish,
             )

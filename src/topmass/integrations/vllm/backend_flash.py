@@ -48,6 +48,18 @@ class SparseFlashBackend(FlashAttentionBackend):
         return num_blocks, num_kv_heads, block_size, 2 * head_size + cls.index_columns
 
     @classmethod
+    def supported_kv_cache_layouts(cls) -> Any:
+        """Orders of the cache's memory that it works with."""
+        return versions.whole_pages()
+
+    @classmethod
+    def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[Any]:
+        """Sizes of the pages that FlashAttention's kernels take, by the head that they will see."""
+        if kv_cache_spec is None:
+            return super().get_supported_kernel_block_sizes()
+        return super().get_supported_kernel_block_sizes(_plain(kv_cache_spec))
+
+    @classmethod
     def supports_kv_cache_dtype(cls, kv_cache_dtype: Any) -> bool:
         return kv_cache_dtype in (None, "auto", "float16", "bfloat16")
 
@@ -59,8 +71,7 @@ class SparseFlashBuilder(FlashAttentionMetadataBuilder):
     supports_update_block_table = False
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
-        # the extra columns are no part of what FlashAttention sees
-        super().__init__(replace(kv_cache_spec, head_size_v=kv_cache_spec.head_size), layer_names, vllm_config, device)
+        super().__init__(_plain(kv_cache_spec), layer_names, vllm_config, device)
         self.kv_cache_spec = kv_cache_spec
         self._service = versions.service_of(vllm_config)
 
@@ -119,12 +130,12 @@ class SparseFlashImpl(SparseImpl, FlashAttentionImpl):
     """FlashAttention over the keys and values of the pages."""
 
     def write(self, layer: Any, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
-        FlashAttentionImpl.do_kv_cache_update(self, layer, key, value, layer.layout.rows(cache), slots)
+        FlashAttentionImpl.do_kv_cache_update(self, layer, key, value, layer.pages(cache).rows, slots)
 
     def dense(
         self, layer: Any, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, metadata: Any, output: Tensor
     ) -> None:
-        FlashAttentionImpl.forward(self, layer, query, key, value, layer.layout.rows(cache), metadata, output)
+        FlashAttentionImpl.forward(self, layer, query, key, value, layer.pages(cache).rows, metadata, output)
 
     def dense_parts(
         self, layer: Any, query: Tensor, cache: Tensor, metadata: Any, output: Tensor, parts: Sequence[Part]
@@ -137,6 +148,11 @@ class SparseFlashImpl(SparseImpl, FlashAttentionImpl):
         # FlashAttention reads the keys from the pages
         self.dense(layer, query[rows], query, query, cache, some, part)
         output[rows] = part
+
+
+def _plain(spec: Any) -> Any:
+    """A layer's specification without the extra columns, which are no part of what FlashAttention sees."""
+    return replace(spec, head_size_v=spec.head_size)
 
 
 def _rows(parts: Sequence[Part], device: torch.device) -> slice | Tensor:

@@ -47,6 +47,11 @@ class ReferenceBackend(AttentionBackend):
         """Shape of a layer's pages, for versions that ask the backend."""
         return num_blocks, num_kv_heads, block_size, 2 * head_size + cls.index_columns
 
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> Any:
+        """Orders of the cache's memory that it works with, likewise."""
+        return versions.whole_pages()
+
     @staticmethod
     def get_kv_cache_stride_order(include_num_layers_dimension: bool = False) -> tuple[int, ...]:
         """Order of the dimensions in memory, likewise."""
@@ -106,7 +111,7 @@ class ReferenceImpl(SparseImpl, AttentionImpl[Any]):
         self.logits_soft_cap, self.sinks = logits_soft_cap, sinks
 
     def write(self, layer: Any, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
-        layer.layout.write_tokens(cache, key, value, slots)
+        layer.pages(cache).write_tokens(key, value, slots)
 
     def dense(
         self, layer: Any, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, metadata: Any, output: Tensor
@@ -117,9 +122,9 @@ class ReferenceImpl(SparseImpl, AttentionImpl[Any]):
         self, layer: Any, query: Tensor, cache: Tensor, metadata: Any, output: Tensor, parts: Sequence[Part]
     ) -> None:
         settings = self.arithmetic().settings()
-        keys, values = layer.layout.keys(cache), layer.layout.values(cache)
+        pages = layer.pages(cache)
         for part in parts:
-            pages = metadata.block_table[part.index, : layer.layout.pages_of(cache, part.stop)].long()
-            k, v = (x[pages].flatten(0, 1)[None, : part.stop] for x in (keys, values))
+            owned = metadata.block_table[part.index, : pages.count(part.stop)].long()
+            k, v = (x[owned].flatten(0, 1)[None, : part.stop] for x in (pages.keys, pages.values))
             rows = slice(*part.rows)
             output[rows] = dense_prefill(query[None, rows], k, v, **settings)[0]

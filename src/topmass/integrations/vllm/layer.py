@@ -14,7 +14,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from topmass.errors import ConfigError, UnsupportedModelError
 from topmass.integrations.vllm import versions
-from topmass.integrations.vllm.pages import PageLayout
+from topmass.integrations.vllm.pages import PageLayout, Pages
 from topmass.integrations.vllm.service import LayerServer
 from topmass.selection.indexer import LayerIndexer, index_rope
 
@@ -50,8 +50,9 @@ class IndexProjection(nn.Module):
         self.layer.requires_grad_(False)
         # in the model's dtype: rounding here is what each call would do
         self.weight = nn.Parameter(weight.detach().to(device, dtype), requires_grad=False)
-        # before memory is measured, not when the first prompt comes
-        self._groups = [self._group_tables(length // config.kv_block, dtype, device)]
+        # before memory is measured, not when the first prompt comes; a buffer, which vLLM keeps when it sleeps
+        for i, table in enumerate(self._group_tables(length // config.kv_block, dtype, device)):
+            self.register_buffer(f"groups_{i}", table, persistent=False)
 
     def forward(self, positions: Tensor, hidden: Tensor) -> Tensor:
         """`[index key | index queries of all heads]` of every token."""
@@ -69,7 +70,7 @@ class IndexProjection(nn.Module):
             return stored
         n = stored.shape[0] // r
         return self.layer.finish_groups(
-            stored[None, : n * r].unflatten(1, (n, r)), *(x[:, :n] for x in self._groups[0])
+            stored[None, : n * r].unflatten(1, (n, r)), *(x[:, :n] for x in self.buffers())
         )[0]
 
     def tables(self, positions: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
@@ -118,6 +119,13 @@ class IndexedAttention(Attention):
     def serve(self, server: LayerServer, layout: PageLayout, index: IndexProjection | None) -> None:
         """Set what a change of class could not."""
         self.server, self.layout, self.index = server, layout, index
+        self._pages: list[tuple[Tensor, Pages]] = []
+
+    def pages(self, cache: Tensor) -> Pages:
+        """Views of this layer's pages, made once for a cache."""
+        if not self._pages or self._pages[0][0] is not cache:
+            self._pages[:] = [(cache, self.layout.open(cache))]
+        return self._pages[0][1]
 
     def project(self, positions: Tensor, hidden: Tensor) -> Tensor | None:
         """What `forward` takes as `index`; `None` for a layer without an indexer."""

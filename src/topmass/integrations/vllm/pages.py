@@ -1,8 +1,9 @@
 """Pages of the KV cache with index keys in them: all rows `[key | value]` of a page first, head by head, then its index keys.
 
 vLLM knows a page as so many columns per KV head and token, and gives it more of them than keys and values need. How a page's memory
-is used is ours alone: rows of keys and values lie as in a page without index keys, aligned as dense kernels like them, and the index
-keys of its tokens, one each, are one piece. Whatever moves, shares, evicts or restores a page moves its index keys with it.
+is used is ours alone: rows of keys and values lie as in a heads-first page without index keys, aligned as dense kernels like them, and
+the index keys of its tokens, one each, are one piece. Whatever shares, evicts or restores whole pages takes their index keys along;
+what would cut a page by heads or tokens is refused (`versions.check_engine`).
 """
 
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from topmass.errors import UnsupportedModelError
 from topmass.ops import page_rows
 
-__all__ = ["PageLayout"]
+__all__ = ["PageLayout", "Pages"]
 
 # 16 bytes in bfloat16: what vector loads and TMA ask of a row's start
 ALIGN = 8
@@ -49,66 +51,64 @@ class PageLayout:
         """Columns of a page, per KV head and token."""
         return 2 * self.head_dim + self.columns
 
-    def rows(
-        self, cache: Float[Tensor, "pages kv_heads page_size width"]
-    ) -> Float[Tensor, "pages kv_heads page_size key_and_value"]:
-        """Keys and values of every page, side by side, as a view: what a cache without index keys would be."""
-        heads, size = cache.shape[1:3]
-        return self._flat(cache)[:, : heads * size * 2 * self.head_dim].unflatten(1, (heads, size, 2 * self.head_dim))
+    def open(self, cache: Float[Tensor, "pages kv_heads page_size width"]) -> "Pages":
+        """The pages of one layer.
 
-    def index(
-        self, cache: Float[Tensor, "pages kv_heads page_size width"]
-    ) -> Float[Tensor, "pages page_size index_width"]:
-        """What every page has for the index keys of its tokens, as a view."""
-        heads, size = cache.shape[1:3]
-        return self._flat(cache)[:, heads * size * 2 * self.head_dim :].unflatten(1, (size, heads * self.columns))
+        Raises:
+            UnsupportedModelError: The memory of a page is not one piece.
+        """
+        return Pages(self, cache)
 
-    def _flat(self, cache: Tensor) -> Tensor:
-        """Every page's memory, which is one piece whatever order vLLM gives its dimensions."""
-        values = cache[0].numel()
-        assert sum((n - 1) * s for n, s in zip(cache.shape[1:], cache.stride()[1:], strict=True)) == values - 1
-        return cache.as_strided((cache.shape[0], values), (cache.stride(0), 1))
 
-    def keys(
-        self, cache: Float[Tensor, "pages kv_heads page_size width"]
-    ) -> Float[Tensor, "pages page_size kv_heads head_dim"]:
-        """Keys of every page, as a view."""
-        return self.rows(cache).transpose(1, 2)[..., : self.head_dim]
+class Pages:
+    """The pages of one layer, as views of what is in them.
 
-    def values(
-        self, cache: Float[Tensor, "pages kv_heads page_size width"]
-    ) -> Float[Tensor, "pages page_size kv_heads head_dim"]:
-        """Values of every page, as a view."""
-        return self.rows(cache).transpose(1, 2)[..., self.head_dim :]
+    Attributes:
+        rows: Keys and values side by side, `[pages, kv_heads, page_size, 2 * head_dim]`: what a cache without index keys would be.
+        keys: `[pages, page_size, kv_heads, head_dim]`.
+        values: Likewise.
+        index: What every page has for the index keys of its tokens, `[pages, page_size, kv_heads * columns]`.
 
-    def write_index(
-        self,
-        cache: Float[Tensor, "pages kv_heads page_size width"],
-        index: Float[Tensor, "tokens index_dim"],
-        slots: Int[Tensor, " tokens"],
-    ) -> None:
+    Raises:
+        UnsupportedModelError: The memory of a page is not one piece.
+    """
+
+    def __init__(self, layout: PageLayout, cache: Float[Tensor, "pages kv_heads page_size width"]) -> None:
+        count, heads, size, width = cache.shape
+        held, used = heads * size * width, heads * size * 2 * layout.head_dim
+        inner = zip(cache.shape[1:], cache.stride()[1:], strict=True)
+        # in whatever order vLLM gives its dimensions
+        if sum((n - 1) * s for n, s in inner) != held - 1 or (count > 1 and cache.stride(0) < held):
+            raise UnsupportedModelError(
+                "topmass keeps index keys in pages whose memory is one piece, and this KV cache cuts them by heads or layers; leave "
+                "VLLM_KV_CACHE_LAYOUT unset."
+            )
+        flat = cache.as_strided((count, held), (cache.stride(0), 1))
+        self.rows = flat[:, :used].unflatten(1, (heads, size, 2 * layout.head_dim))
+        self.index = flat[:, used:].unflatten(1, (size, heads * layout.columns))
+        tokens = self.rows.transpose(1, 2)
+        self.keys, self.values = tokens[..., : layout.head_dim], tokens[..., layout.head_dim :]
+
+    def write_index(self, index: Float[Tensor, "tokens index_dim"], slots: Int[Tensor, " tokens"]) -> None:
         """Write index keys; token `i` of the sequence that owns page `p` has slot `p * page_size + i % page_size`.
 
         Slots below 0 are padding, which goes to slot 0: vLLM gives its page to no request.
         """
-        page_rows(self.index(cache)[:, None], index, slots)
+        page_rows(self.index[:, None], index, slots)
 
     def write_tokens(
         self,
-        cache: Float[Tensor, "pages kv_heads page_size width"],
         key: Float[Tensor, "tokens kv_heads head_dim"],
         value: Float[Tensor, "tokens kv_heads head_dim"],
         slots: Int[Tensor, " tokens"],
     ) -> None:
         """Write keys and values, as `write_index` does with index keys."""
-        page_rows(self.rows(cache), torch.cat([key, value], -1).flatten(1), slots)
+        page_rows(self.rows, torch.cat([key, value], -1).flatten(1), slots)
 
-    def read_index(
-        self, cache: Float[Tensor, "pages kv_heads page_size width"], pages: Int[Tensor, " n"], length: int, dim: int
-    ) -> Float[Tensor, "length dim"]:
+    def read_index(self, pages: Int[Tensor, " n"], length: int, dim: int) -> Float[Tensor, "length dim"]:
         """Index keys of the first `length` tokens of the sequence that owns `pages`."""
-        return self.index(cache)[pages].flatten(0, 1)[:length, :dim]
+        return self.index[pages].flatten(0, 1)[:length, :dim]
 
-    def pages_of(self, cache: Tensor, length: int) -> int:
+    def count(self, length: int) -> int:
         """Pages that hold `length` tokens."""
-        return -(-length // cache.shape[2])
+        return -(-length // self.index.shape[1])

@@ -12,7 +12,7 @@ from topmass.core.granularity import split_queries
 from topmass.errors import ConfigError
 from topmass.integrations.vllm.batch import Batch, Part, Step, first_sparse
 from topmass.integrations.vllm.metrics import Counters
-from topmass.integrations.vllm.pages import PageLayout
+from topmass.integrations.vllm.pages import Pages
 from topmass.integrations.vllm.receipts import Receipts
 from topmass.integrations.vllm.settings import Settings
 from topmass.ops import _dispatch, index_topk, sparse_prefill
@@ -61,15 +61,14 @@ class LayerServer:
         self,
         q: Float[Tensor, "rows q_heads head_dim"],
         iq: Float[Tensor, "rows heads dim"],
-        cache: Float[Tensor, "pages kv_heads page_size width"],
+        pages: Pages,
         page_table: Int[Tensor, " n"],
         part: Part,
         *,
-        layout: PageLayout,
         arithmetic: Arithmetic,
         finish: Callable[[Float[Tensor, "length dim"]], Float[Tensor, "groups dim"]],
     ) -> Float[Tensor, "rows q_heads head_dim"]:
-        """Sparse attention of the rows of `part`, which `page_table` gives the pages of.
+        """Sparse attention of the rows of `part`, whose pages are those of `page_table`.
 
         Args:
             finish: Index keys of complete groups from what the pages hold of them.
@@ -77,9 +76,8 @@ class LayerServer:
         assert self.rule is not None
         assert self.indexer is not None
         config = self.indexer.config
-        pages = page_table[: layout.pages_of(cache, part.stop)].long()
-        ik = finish(layout.read_index(cache, pages, part.stop, config.dim))[None]
-        keys, values = layout.keys(cache), layout.values(cache)
+        owned = page_table[: pages.count(part.stop)].long()
+        ik = finish(pages.read_index(owned, part.stop, config.dim))[None]
         step = rows_that_fit(q[None], part.stop, heads=1 if q.is_cuda else None)
         out: list[Tensor] = []
         for lo, hi in split_queries(part.start, q.shape[0], step):
@@ -98,11 +96,11 @@ class LayerServer:
                     score_dtype=getattr(torch, config.score_dtype),
                     backend=_dispatch.known_or_auto("index_topk", self._backend),
                 )
-            table = pages[None, : layout.pages_of(cache, stop)]
-            settings = {**arithmetic.settings(), "page_table": table}
+            settings = {**arithmetic.settings(), "page_table": owned[None, : pages.count(stop)]}
             # a typical call names the backend that all calls of this shape get
-            backend = resolve_backend(self._backend, q[None, lo:hi], keys, values, support, **settings)
-            out.append(sparse_prefill(q[None, lo:hi], keys, values, support, **settings, backend=backend.name)[0][0])
+            qkv = q[None, lo:hi], pages.keys, pages.values
+            backend = resolve_backend(self._backend, *qkv, support, **settings)
+            out.append(sparse_prefill(*qkv, support, **settings, backend=backend.name)[0][0])
             self._receipts.ran(backend.name, selection)
         return out[0] if len(out) == 1 else torch.cat(out)
 

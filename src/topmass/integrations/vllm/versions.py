@@ -36,6 +36,7 @@ __all__ = [
     "run_attention",
     "service_of",
     "wants_floor",
+    "whole_pages",
 ]
 
 _PACKAGE = "topmass.integrations.vllm"
@@ -177,7 +178,16 @@ def check_engine(vllm_config: Any, service: Service) -> None:
             "Speculative decoding cannot be combined with topmass yet; leave --speculative-config out, or 'topmass' out of "
             "--additional-config."
         )
+    if getattr(vllm_config, "kv_transfer_config", None) is not None:
+        raise ConfigError(
+            "A KV connector may cut pages by heads or tokens, where index keys lie behind all of them, and names none of the indexer's "
+            "settings; leave --kv-transfer-config out, or 'topmass' out of --additional-config."
+        )
     parallel = vllm_config.parallel_config
+    if getattr(parallel, "use_ubatching", False):
+        raise ConfigError(
+            "Micro-batches (--enable-dbo, --ubatch-size) split a step's requests after topmass was told of them; leave them out."
+        )
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             raise ConfigError(f"{name} > 1 splits a sequence's keys between devices, where none could select; use 1.")
@@ -224,6 +234,15 @@ def kv_cache_use(engine: Any) -> tuple[float, int]:
     used, total = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(), pool.num_gpu_blocks - 1
     size = max((g.kv_cache_spec.page_size_bytes * len(g.layer_names) for g in groups), default=0)
     return used / total, used * size
+
+
+def whole_pages() -> tuple[Any, ...] | None:
+    """Orders of the KV cache's memory in which a page is one piece; `None` where vLLM knows no others."""
+    try:
+        from vllm.v1.kv_cache_layout import KVCacheLayout
+    except ModuleNotFoundError:
+        return None
+    return tuple(KVCacheLayout[name] for name in ("LBNHC", "LBHNC", "BLNHC", "BLHNC"))
 
 
 def run_attention(attn: Any, query: Any, key: Any, value: Any, out: Any) -> None:

@@ -181,7 +181,8 @@ def _sparse_kernel(
     WHOLE: tl.constexpr = BN % R == 0
     o_i, o_r = o_n // R, o_n % R
     b_id = tl.load(ids + p_i + o_i, mask=o_n < count, other=o_none)
-    b_w = tl.load(words + p_i + o_i, mask=o_n < count, other=0)
+    if MEMBER:
+        b_w = tl.load(words + p_i + o_i, mask=o_n < count, other=0)
     for n in tl.range(0, count, BN, num_stages=STAGES):
         o_p = n + o_n
         m_n = o_p < count
