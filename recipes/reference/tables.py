@@ -27,7 +27,7 @@ from topmass.integrations.transformers._session import LayerCall, Session
 from topmass.integrations.transformers.linear import fast_linear_attention
 from topmass.integrations.transformers.load import describe_device, weights_hash
 from topmass.integrations.transformers.reference import REFERENCE, load_reference
-from topmass.results.store import Run, make_manifest
+from topmass.results import Run, make_manifest
 
 BUDGETS = (32, 64, 128, 256, 512, 1024, 2048)
 SEED = 7

@@ -1,6 +1,7 @@
 """Results on disk: schemas, run directories, statistics. Needs no torch."""
 
 from topmass.results._machine import machine as machine_facts
+from topmass.results.manifest import make_manifest
 from topmass.results.schema import SCHEMA_VERSION, SCHEMAS
 from topmass.results.store import (
     LoadedRun,
@@ -9,7 +10,6 @@ from topmass.results.store import (
     find_runs,
     finish_partial,
     load_run,
-    make_manifest,
     same_run,
 )
 

@@ -1,21 +1,19 @@
 """Run directories: written under a temporary name, renamed when complete, resumed by key."""
 
 import contextlib
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from topmass.errors import RunError
-from topmass.results import _machine
-from topmass.results.schema import SCHEMA_VERSION, SCHEMAS, Schema, check_rows, schema_of
+from topmass.results._files import JOURNAL, RECORDS, append_line, lock, read_journal, read_parquet, write_parquet
+from topmass.results.manifest import ATTEMPT, MANIFEST, difference, now, read_manifest, write_manifest
+from topmass.results.schema import check_rows, schema_of
 
 __all__ = [
     "LoadedRun",
@@ -24,57 +22,8 @@ __all__ = [
     "find_runs",
     "finish_partial",
     "load_run",
-    "make_manifest",
     "same_run",
 ]
-
-MANIFEST, RECORDS, JOURNAL = "manifest.json", "records.parquet", "journal.jsonl"
-
-# what must not change between the parts of one run; everything else is noted in `attempts`
-_IDENTITY = ("schema_version", "kind", "config", "seeds", "model", "weights_hash", "key")
-_ATTEMPT = ("started", "versions", "git_commit", "device", "machine", "command")
-
-
-def make_manifest(
-    kind: str,
-    config: Mapping[str, Any],
-    *,
-    model: str,
-    weights_hash: str | None = None,
-    seeds: Mapping[str, int] | None = None,
-    device: str = "cpu",
-    command: str | None = None,
-) -> dict[str, Any]:
-    """Describe a run that is about to start.
-
-    Args:
-        kind: `"eval"`, `"audit"`, `"distill"`, `"bench"`, `"ttft"` or `"serve"`.
-        config: The full resolved configuration; must be JSON.
-        model: Name or path of the model.
-        weights_hash: Hash of its weights.
-        seeds: Every seed, by what it seeds.
-        device: Device, in words.
-        command: How to repeat it; `None` takes the command line of this process.
-    """
-    schema_of(kind)
-    started = _now()
-    digest = hashlib.sha256(json.dumps([kind, config, started], sort_keys=True).encode()).hexdigest()[:6]
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "run_id": f"{kind}-{started[:19].replace('-', '').replace(':', '')}-{digest}",
-        "kind": kind,
-        "model": model,
-        "weights_hash": weights_hash,
-        "config": json.loads(json.dumps(config)),
-        "seeds": dict(seeds or {}),
-        "device": device,
-        "machine": _machine.machine(),
-        "versions": _machine.versions(),
-        "git_commit": _machine.git_commit(),
-        "command": command or _machine.command_line(),
-        "started": started,
-        "finished": None,
-    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +110,7 @@ class Run:
             partial.mkdir(exist_ok=True)
             journal = (partial / JOURNAL).open("a+b", buffering=0)
         try:
-            _lock(journal, partial)
+            lock(journal, partial)
             with _writing(partial):
                 return cls._resume(path, manifest, journal, overwrite)
         except BaseException:
@@ -171,15 +120,15 @@ class Run:
     @classmethod
     def _resume(cls, path: Path, manifest: dict[str, Any], journal: FileIO, overwrite: bool) -> "Run":
         partial = _partial(path)
-        batches = _read_journal(journal, partial)
-        now = {name: manifest[name] for name in _ATTEMPT}
+        batches = read_journal(journal, partial)
+        this = {name: manifest[name] for name in ATTEMPT}
         rows: list[dict[str, Any]] = []
         if batches:
             manifest, rows = _merge(partial, manifest, batches, overwrite)
         if not rows:
             journal.truncate(0)
-        manifest = manifest | {"attempts": [*manifest["attempts"], now | {"rows_before": len(rows)}]}
-        _write_json(partial / MANIFEST, manifest)
+        manifest = manifest | {"attempts": [*manifest["attempts"], this | {"rows_before": len(rows)}]}
+        write_manifest(partial, manifest)
         return cls(path, manifest, journal, rows)
 
     def __enter__(self) -> "Run":
@@ -220,7 +169,7 @@ class Run:
             return
         line = json.dumps([list(row.values()) for row in batch]).encode() + b"\n"
         with _writing(_partial(self.path)):
-            _append_line(self._journal, line)
+            append_line(self._journal, line)
         self.rows += batch
         self._done |= keys
 
@@ -232,9 +181,9 @@ class Run:
         """
         partial = _partial(self.path)
         with _writing(partial):
-            _write_parquet(partial / RECORDS, schema_of(self.manifest["kind"]), self.rows)
-            self.manifest |= {"finished": _now(), "rows": len(self.rows)}
-            _write_json(partial / MANIFEST, self.manifest)
+            write_parquet(partial / RECORDS, schema_of(self.manifest["kind"]), self.rows)
+            self.manifest |= {"finished": now(), "rows": len(self.rows)}
+            write_manifest(partial, self.manifest)
             self._journal.close()
             _publish(partial, self.path)
         return self.path
@@ -276,9 +225,9 @@ def finish_partial(
     with _writing(partial):
         journal = (partial / JOURNAL).open("a+b", buffering=0)
     with journal:
-        _lock(journal, partial)
-        manifest = _read_manifest(partial)
-        rows = _rows(manifest["kind"], _read_journal(journal, partial))
+        lock(journal, partial)
+        manifest = read_manifest(partial)
+        rows = _rows(manifest["kind"], read_journal(journal, partial))
         run = Run(path, manifest | notes, journal, keep(rows) if keep else rows)
         return load_run(run.finish())
 
@@ -294,10 +243,10 @@ def load_run(path: str | Path) -> LoadedRun:
         raise RunError(_missing(path))
     if path.name.endswith(".partial"):
         raise RunError(f"{path} is unfinished; run its command again to resume it.")
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     if manifest.get("finished") is None or not (path / RECORDS).is_file():
         raise RunError(f"{path} has no {RECORDS}, so it is not a complete run; delete it and run its command again.")
-    return LoadedRun(path=path, manifest=manifest, records=_read_parquet(path / RECORDS, manifest["kind"]))
+    return LoadedRun(path=path, manifest=manifest, records=read_parquet(path / RECORDS, manifest["kind"]))
 
 
 def same_run(path: str | Path, manifest: Mapping[str, Any]) -> bool:
@@ -305,9 +254,9 @@ def same_run(path: str | Path, manifest: Mapping[str, Any]) -> bool:
     path = Path(path)
     if not (path / RECORDS).is_file():
         return False
-    stored = _read_manifest(path)
+    stored = read_manifest(path)
     key = manifest.get("key") or list(schema_of(manifest["kind"]).key)
-    return stored.get("finished") is not None and not _difference(stored, {**manifest, "key": key})
+    return stored.get("finished") is not None and not difference(stored, {**manifest, "key": key})
 
 
 def find_runs(path: str | Path) -> list[Path]:
@@ -327,10 +276,6 @@ def find_runs(path: str | Path) -> list[Path]:
         hint = "the unfinished ones resume when their commands run again" if unfinished else "check the path"
         raise RunError(f"No complete run in {path}; {hint}.")
     return found
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _partial(path: Path) -> Path:
@@ -390,69 +335,22 @@ def check_free(path: Path, *, overwrite: bool = False) -> None:
         raise RunError(f"{path} exists and is not a run; choose another output directory.")
 
 
-def _lock(journal: FileIO, partial: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system
-        return
-    try:
-        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise RunError(
-            f"Another process is writing {partial}; wait for it or choose another output directory."
-        ) from error
-    except OSError:  # a file system without locks
-        return
-
-
-def _append_line(journal: FileIO, line: bytes) -> None:
-    """Write all of `line`, or leave the file as it was."""
-    start = journal.seek(0, os.SEEK_END)
-    rest = memoryview(line)
-    try:
-        while rest:
-            rest = rest[journal.write(rest) :]
-    except BaseException:
-        journal.truncate(start)
-        raise
-
-
-def _read_journal(journal: FileIO, partial: Path) -> list[list[list[Any]]]:
-    """Return the complete batches and cut off a last line that was half written."""
-    journal.seek(0)
-    lines = journal.read().split(b"\n")
-    batches, end = [], 0
-    for i, line in enumerate(lines[:-1]):
-        try:
-            batches.append(json.loads(line))
-        except ValueError:
-            if any(lines[i + 1 :]):
-                raise RunError(
-                    f"{partial / JOURNAL}, line {i + 1}, is damaged; delete {partial} and start again."
-                ) from None
-            break
-        end += len(line) + 1
-    journal.truncate(end)
-    journal.seek(0, os.SEEK_END)
-    return batches
-
-
 def _merge(
     partial: Path, manifest: dict[str, Any], batches: list[list[list[Any]]], overwrite: bool
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the stored manifest, brought up to date, and its rows; nothing of it when it is to be discarded."""
     try:
-        stored = _read_manifest(partial)
+        stored = read_manifest(partial)
     except RunError:
         if overwrite:
             return manifest, []
         raise
-    difference = _difference(stored, manifest)
-    if difference and overwrite:
+    unlike = difference(stored, manifest)
+    if unlike and overwrite:
         return manifest, []
-    if difference:
+    if unlike:
         raise RunError(
-            f"{partial} was started with {difference}; use the same settings to resume it, another output directory, "
+            f"{partial} was started with {unlike}; use the same settings to resume it, another output directory, "
             "or discard it (--overwrite)."
         )
     rows = _rows(stored["kind"], batches)
@@ -464,51 +362,6 @@ def _rows(kind: str, batches: list[list[list[Any]]]) -> list[dict[str, Any]]:
     return [dict(zip(names, row, strict=True)) for batch in batches for row in batch]
 
 
-def _difference(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """Say what differs, empty if nothing does."""
-    a, b = ({name: m.get(name) for name in _IDENTITY} for m in (stored, asked))
-    a, b = (_flatten(json.loads(json.dumps(m))) for m in (a, b))
-    a["topmass"], b["topmass"] = (m.get("versions", {}).get("topmass", "unknown") for m in (stored, asked))
-    names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
-    shown = [f"{name.removeprefix('config.')} = {_short(a.get(name))}, not {_short(b.get(name))}" for name in names[:3]]
-    return "; ".join(shown + [f"{len(names) - 3} more differences"] * (len(names) > 3))
-
-
-def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, item in value.items():
-        flat |= _flatten(item, f"{prefix}{name}.") if isinstance(item, dict) and item else {prefix + name: item}
-    return flat
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    again = f"delete {path} and run its command again"
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunError(f"{path} has no {MANIFEST}, so it is not a run; check the path, or {again}.") from None
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path / MANIFEST} cannot be read ({error}); {again}.") from error
-    needed = {"run_id", *_IDENTITY, *_ATTEMPT}
-    if not isinstance(manifest, dict) or manifest.get("kind") not in SCHEMAS or not needed <= manifest.keys():
-        raise RunError(f"{path / MANIFEST} is not a manifest of a topmass run; {again}.")
-    version = manifest.get("schema_version")
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
-        raise RunError(f"{path} has schema version {version}, this topmass reads {SCHEMA_VERSION}; upgrade topmass.")
-    return manifest
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
 def _publish(partial: Path, path: Path) -> None:
     """Rename the directory; the run that it replaces is deleted last."""
     if path.exists():
@@ -517,32 +370,3 @@ def _publish(partial: Path, path: Path) -> None:
     partial.rename(path)
     (path / JOURNAL).unlink()
     shutil.rmtree(_old(path), ignore_errors=True)
-
-
-def _write_parquet(path: Path, schema: Schema, rows: Sequence[Mapping[str, Any]]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    types = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
-    fields = [
-        pa.field(c.name, types[c.kind], nullable=c.nullable, metadata={"unit": c.unit, "meaning": c.meaning})
-        for c in schema.columns
-    ]
-    table = pa.Table.from_pylist([dict(row) for row in rows], schema=pa.schema(fields))
-    pq.write_table(table, path, compression="zstd")
-
-
-def _read_parquet(path: Path, kind: str) -> list[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    again = f"delete {path.parent} and run its command again"
-    try:
-        table = pq.ParquetFile(path).read()
-    except (OSError, pa.ArrowException) as error:
-        raise RunError(f"{path} cannot be read ({error}); {again}.") from error
-    # older runs may lack a column that may be empty
-    columns = (c.name for c in schema_of(kind).columns if not c.nullable)
-    if missing := [name for name in columns if name not in table.column_names]:
-        raise RunError(f"{path} has no column {', '.join(missing)}, so it holds no {kind} records; {again}.")
-    return table.to_pylist()
