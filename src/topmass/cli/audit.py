@@ -90,7 +90,7 @@ def audit(
 
 def _check_plan(path: Path | None, mass: float) -> None:
     """Refuse before the audit what would fail after it."""
-    from topmass.eval.audit import PLAN_MASSES
+    from topmass.eval.probe import PLAN_MASSES
 
     if mass not in PLAN_MASSES:
         raise ConfigError(f"--mass must be one of {', '.join(map(str, PLAN_MASSES))}, got {mass:g}.")
