@@ -15,6 +15,7 @@ from topmass.core.budget import Budget
 from topmass.core.granularity import Granularity
 from topmass.core.rule import SupportRule
 from topmass.core.support import Support
+from topmass.core.tables import block_tables
 from topmass.ops._triton_common import INTERPRETED
 from topmass.ops.attention_mass import _triton as mass_kernels
 from topmass.ops.index_topk import _triton as index_kernels
@@ -113,7 +114,7 @@ class Draw:
 
     def support(self, rule: SupportRule, length: int) -> Support:
         """Ascending random groups; per query, the rows of 32 tokens share two thirds of theirs: U/K is 1.5."""
-        first, stops, wants, _, wanted = select_kernels.candidates(rule, 0, length, torch.device(self.device))
+        first, stops, wants, *_, wanted = block_tables(rule, 0, length, self.device)
         groups = torch.empty(stops.numel(), wanted, dtype=torch.int32, device=self.device)
         for a in range(0, 0 if self.empty else stops.numel(), 16 * K):
             part = slice(a, a + 16 * K)
@@ -235,7 +236,7 @@ class Scores(Case):
 
     def open(self, draw: Draw) -> Work:
         n, rule = self.length, self.rule(self.q_block, self.kv_block)
-        _, stops, *_ = select_kernels.candidates(rule, 0, n, torch.device(draw.device))
+        stops = block_tables(rule, 0, n, draw.device).stops
         iq, ik = draw.normal(1, n, self.heads, self.dim), draw.normal(1, n // self.kv_block, 1, self.dim)[:, :, 0]
         dtype = torch.float32 if self.reduce == "mean" else torch.float16
         # the largest tile's, so that all candidates have the same chunks
@@ -295,7 +296,7 @@ class Select(Case):
 
     def open(self, draw: Draw) -> Work:
         rule = self.rule(self.q_block, self.kv_block)
-        first, stops, wants, _, wanted = select_kernels.candidates(rule, 0, self.length, torch.device(draw.device))
+        first, stops, wants, *_, wanted = block_tables(rule, 0, self.length, draw.device)
         chunks = list(index_kernels._chunks(rule, 0, self.length, 1, tile=1, size=2))
         buffer = draw.normal(max(rows * _whole(stop) for _, _, rows, stop in chunks), dtype=torch.float16)
         groups = torch.empty(1, stops.numel(), wanted, dtype=torch.int32, device=draw.device)

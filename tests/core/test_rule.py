@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from topmass.core.budget import Budget
 from topmass.core.granularity import Granularity
 from topmass.core.rule import SupportRule
+from topmass.core.tables import block_tables
 from topmass.errors import ConfigError
 
 blocks = st.sampled_from([1, 2, 4, 8, 16])
@@ -144,3 +145,45 @@ def test_per_query_keeps_everything_else():
 
     assert one.granularity == Granularity(kv_block=4, share="q_head")
     assert (one.budget, one.sink, one.window) == (rule.budget, 3, 1)
+
+
+@st.composite
+def rules(draw):
+    fields = draw(settings())
+    least = SupportRule(budget=None, **fields).smallest_budget
+    tokens = draw(st.integers(least, least + 90))
+    budget = draw(
+        st.sampled_from([None, Budget(tokens=tokens), Budget.parse("20%"), Budget.parse(f"mass:0.9<={tokens}")])
+    )
+    return SupportRule(budget=budget, dense_below=draw(st.integers(0, 60)), **fields)
+
+
+@given(rules())
+def test_limits_of_one_block_are_those_of_many(rule) -> None:
+    t0 = rule.block_starts(0, 300)
+    _, stops = rule.candidate_range(t0)
+    assert [rule.candidates_end(t) for t in t0.tolist()] == stops.tolist()
+    assert [rule.groups_wanted_at(t) for t in t0.tolist()] == rule.groups_wanted(t0).tolist()
+    assert [rule._dense_len_at(t) for t in t0.tolist()] == rule.dense_len(t0).tolist()
+
+
+@given(rules(), st.integers(0, 99), st.integers(0, 70))
+def test_tables_are_those_of_the_rule_and_made_once(rule, start, length) -> None:
+    tables = block_tables(rule, start, length)
+    t0 = rule.block_starts(start, length)
+    first, stops = rule.candidate_range(t0)
+    wants = torch.minimum(rule.groups_wanted(t0), stops - first)
+    assert tables.first == first
+    for found, expected in (
+        (tables.stops, stops),
+        (tables.wants, wants),
+        (tables.window_start, rule.window_start(t0)),
+        (tables.dense_len, rule.dense_len(t0)),
+    ):
+        assert found.dtype == torch.int32
+        assert found.tolist() == expected.tolist()
+    assert (tables.most, tables.wanted) == ((int(stops.max()), int(wants.max())) if length else (0, 0))
+    assert block_tables(rule, start, length) is tables
+    with torch.inference_mode():
+        # tensors of inference mode may not reach what is differentiated
+        assert block_tables(rule, start, length) is not tables

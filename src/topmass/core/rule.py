@@ -127,16 +127,34 @@ class SupportRule:
         t = torch.arange(q_start, q_start + q_len)
         return int((t + 1 > self.dense_len(t // g * g)).sum())
 
+    # the same of one block, without tensors: they are asked in every call of every layer
+
+    def groups_wanted_at(self, t0: int) -> int:
+        """`groups_wanted` of one block."""
+        if self.budget is None:
+            return 0
+        room = self._budget_tokens_at(t0) - (self.smallest_budget - self.granularity.kv_block)
+        return room // self.granularity.kv_block
+
+    def candidates_end(self, t0: int) -> int:
+        """End of `candidate_range` of one block."""
+        r = self.granularity.kv_block
+        window_start = t0 + 1 if self.window == 0 else max(t0 - self.window + 1, 0)
+        return max(window_start // r, self.sink_tokens // r)
+
     def _dense_len_at(self, t0: int) -> int:
-        # `dense_len` of one block, without tensors: it is asked in every call of every layer
         if self.budget is None or self.budget.mass is not None:
             return self.dense_below
+        return max(self._budget_tokens_at(t0), self.dense_below)
+
+    def _budget_tokens_at(self, t0: int) -> int:
+        assert self.budget is not None
         if self.budget.share is None:
             assert self.budget.tokens is not None
-            return max(self.budget.tokens, self.dense_below)
+            return self.budget.tokens
         share: Fraction = self.budget.share
         visible = (t0 + self.granularity.q_block) * share.numerator
-        return max(-(-visible // share.denominator), self.smallest_budget, self.dense_below)
+        return max(-(-visible // share.denominator), self.smallest_budget)
 
     def candidate_range(self, t0: Int[Tensor, " q_blocks"]) -> tuple[int, Int[Tensor, " q_blocks"]]:
         """Ids of the candidate groups of each block, as `first` (common) and `stop` (exclusive)."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from topmass.core.granularity import Granularity
 from topmass.core.rule import SupportRule
+from topmass.core.tables import block_tables
 from topmass.errors import ConfigError
 
 __all__ = ["Support"]
@@ -55,12 +56,12 @@ class Support:
         q_len: int,
     ) -> "Support":
         """Attach the forced keys of `rule` to selected groups."""
-        t0 = rule.block_starts(q_start, q_len, groups.device)
+        tables = block_tables(rule, q_start, q_len, groups.device)
         return cls(
             groups=groups.int(),
             counts=counts.int(),
-            window_start=rule.window_start(t0).int(),
-            dense_len=rule.dense_len(t0).int(),
+            window_start=tables.window_start,
+            dense_len=tables.dense_len,
             granularity=rule.granularity,
             sink=rule.sink_tokens,
             window=rule.window,

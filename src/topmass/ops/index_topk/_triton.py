@@ -11,9 +11,10 @@ from torch import Tensor
 
 from topmass.core.rule import SupportRule
 from topmass.core.support import Support
+from topmass.core.tables import block_tables
 from topmass.ops._triton_common import INTERPRETED, half_on_gpu, on_device
 from topmass.ops.index_topk.reference import FLOAT8
-from topmass.ops.topk_support._triton import candidates, select_rows
+from topmass.ops.topk_support._triton import select_rows
 
 __all__ = ["index_topk_triton", "why_not"]
 
@@ -147,7 +148,7 @@ def index_topk_triton(
     """Launch the kernels; same contract as `index_topk_reference`, but a NaN score ranks lowest and raises nothing."""
     B, H = iq.shape[0], iq.shape[2]
     page_table = page_table if page_table is None else page_table.contiguous()
-    first, stops, wants, _, wanted = candidates(rule, q_start, q_len, iq.device)
+    first, stops, wants, *_, wanted = block_tables(rule, q_start, q_len, iq.device)
     groups = torch.empty(B, stops.numel(), wanted, dtype=torch.int32, device=iq.device)
     counts = torch.zeros(B, stops.numel(), dtype=torch.int32, device=iq.device)
     if wanted and B:
@@ -180,8 +181,7 @@ def _chunks(
     blocks = -(-(q_start + q_len) // g) - q_start // g
 
     def end_of(block: int) -> int:
-        first, stop = rule.candidate_range(torch.tensor([(q_start // g + block) * g]))
-        return max(int(stop), first + 1)
+        return max(rule.candidates_end((q_start // g + block) * g), rule.sink_tokens // rule.granularity.kv_block + 1)
 
     def fit(groups: int) -> int:
         return WORKSPACE_BYTES // (triton.cdiv(groups, UNIT) * UNIT * size)

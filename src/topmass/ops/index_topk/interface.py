@@ -88,10 +88,11 @@ def index_topk(
     check_index(iq, ik, granularity=granularity, reduce=reduce, page_table=page_table)
     if iq.shape[1]:
         # the last query block may read the most
-        first, stop = rule.candidate_range(rule.block_starts(q_start + iq.shape[1] - 1, 1))
+        last, g = q_start + iq.shape[1] - 1, granularity.q_block
+        stop = rule.candidates_end(last // g * g)
         groups = ik.shape[1] * (1 if page_table is None else page_table.shape[1])
-        if first < int(stop) and groups < int(stop):
-            raise ConfigError(f"The queries may read {int(stop)} key groups, but ik holds {groups}.")
+        if rule.sink_tokens // granularity.kv_block < stop and groups < stop:
+            raise ConfigError(f"The queries may read {stop} key groups, but ik holds {groups}.")
     if score_dtype is None:
         score_dtype = torch.float64 if iq.dtype == torch.float64 else torch.float16
     if not score_dtype.is_floating_point:

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from topmass.core.rule import SupportRule
+from topmass.core.tables import block_tables
 from topmass.ops._triton_common import INTERPRETED, on_device
 
 __all__ = ["select_rows", "topk_groups_triton", "why_not"]
@@ -360,7 +361,7 @@ def topk_groups_triton(
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel; same contract as `topk_groups_reference`."""
     B, S, NB, N = scores.shape
-    first, stops, wants, most, wanted = candidates(rule, q_start, q_len, scores.device)
+    first, stops, wants, *_, most, wanted = block_tables(rule, q_start, q_len, scores.device)
     groups = torch.empty(B, S, NB, wanted, dtype=torch.int32, device=scores.device)
     counts = torch.zeros(B, S, NB, dtype=torch.int32, device=scores.device)
     if wanted and B:
@@ -369,20 +370,3 @@ def topk_groups_triton(
             first=first, most=most, wanted=wanted,
         )  # fmt: skip
     return groups, counts
-
-
-def candidates(
-    rule: SupportRule, q_start: int, q_len: int, device: torch.device
-) -> tuple[int, Tensor, Tensor, int, int]:
-    """First candidate, per block on the device their end and the ids to take, and the largest of both on the host.
-
-    Neither the host waits for the device nor the device for the host.
-    """
-    t0 = rule.block_starts(q_start, q_len, device)
-    first, stop = rule.candidate_range(t0)
-    wants = torch.minimum(rule.groups_wanted(t0), stop - first)
-    # both grow with the position
-    last = rule.block_starts(q_start, q_len)[-1:]
-    most = rule.candidate_range(last)[1]
-    wanted = torch.minimum(rule.groups_wanted(last), most - first)
-    return first, stop.int(), wants.int(), int(most.max()) if q_len else 0, int(wanted.max()) if q_len else 0
