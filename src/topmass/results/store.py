@@ -61,6 +61,7 @@ class Run:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "audit"
         >>> row = {c.name: {"str": "a", "int": 1, "float": 0.5}[c.kind] for c in schema_of("audit").columns}
+        >>> from topmass.results import make_manifest
         >>> with Run.open(path, make_manifest("audit", {}, model="tiny")) as run:
         ...     if not run.done((1,)):
         ...         run.append([row])
@@ -209,6 +210,7 @@ def finish_partial(
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "audit"
         >>> row = {c.name: {"str": "a", "int": 1, "float": 0.5}[c.kind] for c in schema_of("audit").columns}
+        >>> from topmass.results import make_manifest
         >>> with Run.open(path, make_manifest("audit", {}, model="tiny")) as run:
         ...     run.append([row])
         >>> run = finish_partial(path, stopped="out of time")
