@@ -54,8 +54,11 @@ def ways(model: Any, args: argparse.Namespace) -> dict[str, Mode]:
 
 def prompts(model: Any, modes: dict[str, Mode], ids: torch.Tensor, rounds: int) -> Times:
     """Milliseconds of a prompt until its last logits are on the host, by way."""
-    answer = lambda _: lambda: forward(model, ids, None)[0].cpu()  # noqa: E731
-    return alternate(modes, model, answer, rounds, warm=3, before=lambda: begin(model, ids))
+
+    def answer() -> None:
+        forward(model, ids, None)[0].cpu()
+
+    return alternate(modes, model, lambda _: answer, rounds, warm=3, before=lambda: begin(model, ids))
 
 
 def tokens(model: Any, modes: dict[str, Mode], ids: torch.Tensor, count: int) -> Times:

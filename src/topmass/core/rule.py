@@ -127,20 +127,23 @@ class SupportRule:
         t = torch.arange(q_start, q_start + q_len)
         return int((t + 1 > self.dense_len(t // g * g)).sum())
 
-    # the same of one block, without tensors: they are asked in every call of every layer
+    # the same of the block of one query, without tensors: they are asked in every call of every layer
 
-    def groups_wanted_at(self, t0: int) -> int:
-        """`groups_wanted` of one block."""
+    def groups_wanted_at(self, position: int) -> int:
+        """`groups_wanted` of the block that holds a query."""
         if self.budget is None:
             return 0
-        room = self._budget_tokens_at(t0) - (self.smallest_budget - self.granularity.kv_block)
+        room = self._budget_tokens_at(self._block_start(position)) - (self.smallest_budget - self.granularity.kv_block)
         return room // self.granularity.kv_block
 
-    def candidates_end(self, t0: int) -> int:
-        """End of `candidate_range` of one block."""
-        r = self.granularity.kv_block
+    def candidates_end(self, position: int) -> int:
+        """End of `candidate_range` of the block that holds a query."""
+        r, t0 = self.granularity.kv_block, self._block_start(position)
         window_start = t0 + 1 if self.window == 0 else max(t0 - self.window + 1, 0)
         return max(window_start // r, self.sink_tokens // r)
+
+    def _block_start(self, position: int) -> int:
+        return position // self.granularity.q_block * self.granularity.q_block
 
     def _dense_len_at(self, t0: int) -> int:
         if self.budget is None or self.budget.mass is not None:

@@ -73,7 +73,7 @@ def _make(rule: SupportRule, q_start: int, q_len: int, device: torch.device | st
     t0 = rule.block_starts(q_start, q_len, device)
     first, stops = rule.candidate_range(t0)
     wants = torch.minimum(rule.groups_wanted(t0), stops - first)
-    last = (q_start + q_len - 1) // rule.granularity.q_block * rule.granularity.q_block
+    last = q_start + q_len - 1
     return BlockTables(
         first=first,
         stops=stops.int(),

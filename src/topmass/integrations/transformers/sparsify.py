@@ -412,7 +412,7 @@ def _most_queries(call: LayerCall, selector: Selector, rule: SupportRule) -> int
     if heads and not call.q.is_cuda:
         # plain PyTorch keeps several copies
         heads = q_heads
-    wanted = int(rule.groups_wanted(rule.block_starts(kv_len - 1, 1)))
+    wanted = rule.groups_wanted_at(kv_len - 1)
     ids = 4 * wanted * rule.granularity.share_heads(q_heads, kv_heads) / g
     query_bytes = b * (heads * kv_len * max(call.q.element_size(), 4) + ids)
     return max(int(workspace(call.q) / query_bytes) // g if query_bytes else call.k.shape[1] // g + 1, 1) * g

@@ -119,13 +119,13 @@ class IndexedAttention(Attention):
     def serve(self, server: LayerServer, layout: PageLayout, index: IndexProjection | None) -> None:
         """Set what a change of class could not."""
         self.server, self.layout, self.index = server, layout, index
-        self._pages: list[tuple[Tensor, Pages]] = []
+        self._pages: tuple[Tensor, Pages] | None = None
 
     def pages(self, cache: Tensor) -> Pages:
         """Views of this layer's pages, made once for a cache."""
-        if not self._pages or self._pages[0][0] is not cache:
-            self._pages[:] = [(cache, self.layout.open(cache))]
-        return self._pages[0][1]
+        if self._pages is None or self._pages[0] is not cache:
+            self._pages = cache, self.layout.open(cache)
+        return self._pages[1]
 
     def project(self, positions: Tensor, hidden: Tensor) -> Tensor | None:
         """What `forward` takes as `index`; `None` for a layer without an indexer."""

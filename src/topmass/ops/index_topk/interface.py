@@ -88,8 +88,7 @@ def index_topk(
     check_index(iq, ik, granularity=granularity, reduce=reduce, page_table=page_table)
     if iq.shape[1]:
         # the last query block may read the most
-        last, g = q_start + iq.shape[1] - 1, granularity.q_block
-        stop = rule.candidates_end(last // g * g)
+        stop = rule.candidates_end(q_start + iq.shape[1] - 1)
         groups = ik.shape[1] * (1 if page_table is None else page_table.shape[1])
         if rule.sink_tokens // granularity.kv_block < stop and groups < stop:
             raise ConfigError(f"The queries may read {stop} key groups, but ik holds {groups}.")

@@ -87,11 +87,11 @@ def topk_support(
     """
     if rule.budget is not None and rule.budget.mass is not None and mass is None:
         raise ConfigError("A mass budget needs the mass of every group; pass mass=.")
-    t0 = rule.block_starts(q_start, q_len)
-    if scores.shape[2] != t0.numel():
-        raise ConfigError(f"{t0.numel()} query blocks need scores, got {scores.shape[2]}.")
-    first, stop = rule.candidate_range(t0[-1:])
-    if first < (last := int(stop.sum())) and scores.shape[3] < last:
+    g, end = rule.granularity.q_block, q_start + q_len
+    if scores.shape[2] != (blocks := -(-end // g) - q_start // g):
+        raise ConfigError(f"{blocks} query blocks need scores, got {scores.shape[2]}.")
+    last = rule.candidates_end(end - 1) if blocks else 0
+    if rule.sink_tokens // rule.granularity.kv_block < last and scores.shape[3] < last:
         raise ConfigError(f"{last} key groups are candidates, but there are scores of {scores.shape[3]}.")
     kwargs = {"rule": rule, "q_start": q_start, "q_len": q_len, "has_rest": has_rest}
     impl = _dispatch.resolve("topk_support", backend, scores, mass, **kwargs)
