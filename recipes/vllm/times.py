@@ -2,6 +2,7 @@
 
     PYTHONPATH=src python recipes/vllm/times.py qwen3.5-9b --lengths 16384 32768 65536 131072 --out out/vllm/serve-9b --seconds 500
     PYTHONPATH=src python recipes/vllm/times.py qwen3.5-9b --modes dense sparse ...     # where memory holds two engines only
+    PYTHONPATH=src python recipes/vllm/times.py qwen3.5-9b --q-blocks 1 32 ...          # one that shares selections beside
 
 Does what `topmass bench serve` does, in parts that a time limit cuts: every length is kept as it ends, and the same command goes on.
 With `--finish` (where pyarrow is) the parts become a run that `topmass report` reads.
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--requests", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--budget", default="2048")
+    parser.add_argument("--q-blocks", type=int, nargs="*", default=[])
     parser.add_argument("--kv-block", type=int, default=1)
     parser.add_argument("--one-by-one", action="store_true")
     parser.add_argument("--finish", action="store_true")
@@ -57,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         new_tokens=args.new_tokens,
         interleave=not args.one_by_one,
         sparse={"budget": args.budget},
+        q_blocks=tuple(args.q_blocks),
         engine=json.loads(args.engine),
     )
     with tempfile.TemporaryDirectory(prefix="topmass-serve-") as folder:

@@ -13,6 +13,7 @@ from topmass.bench.serve_worker import drive
 from topmass.cli import main
 from topmass.errors import ConfigError
 from topmass.integrations.transformers.reference import REFERENCE
+from topmass.report import serve as report
 from topmass.report.serve import ServeTable, answers, line
 from topmass.results import LoadedRun, load_run
 from topmass.results.schema import SERVE_METRICS, check_rows
@@ -90,13 +91,27 @@ def test_a_case_is_told_in_a_sentence_and_a_table(log: list) -> None:
     assert [(c.length, c.rate) for c in table.cases] == [(8, 0.0), (32, 0.0), (8, 4.0), (32, 4.0)]
     case = table.cases[1]
     # of the 96 ms that the floor saves, sparse attention saves 64
-    assert case.attained == pytest.approx(2 / 3)
+    assert case.attained("sparse") == pytest.approx(2 / 3)
     assert line(case, "sparse")[:7] == ["sparse", "64", "64", "2x", "10", "10", "1x"]
     assert case.total("sparse", "throughput") == pytest.approx(3.0)
     said = answers(table)
     assert len(said) == 4
     assert "sparse takes 64 ms to the first token" in said[1]
     assert "67% of what the floor saves, 100.0% over the floor; time per output token +0.0%" in said[1]
+
+
+def test_a_sparse_engine_for_each_q_block(log: list) -> None:
+    setting = ServeSetting(**{**_fields(SETTING), "q_blocks": (1, 32), "sparse": {"granularity": {"kv_block": 4}}})
+    table = ServeTable([loaded(bench_serve(LAUNCH, setting))])
+    sparse = [entry[1]["additional_config"]["topmass"] for entry in log[:4] if entry[0] == "sparse"]
+    assert [one["granularity"] for one in sparse] == [{"kv_block": 4, "q_block": 1}, {"kv_block": 4, "q_block": 32}]
+    assert table.cases[0].modes == ["dense", "sparse q1", "sparse q32", "floor"]
+    said = answers(table)
+    assert len(said) == 8
+    assert "sparse q32 takes 64 ms" in said[3]
+    assert report.ttft_by_length(table, "m", "cpu") is not None
+    with pytest.raises(ConfigError, match="power of two"):
+        ServeSetting(**{**_fields(SETTING), "q_blocks": (3,)})
 
 
 def test_one_engine_at_a_time_gives_the_same_records(log: list) -> None:

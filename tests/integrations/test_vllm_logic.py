@@ -2,6 +2,7 @@
 
 import json
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 import torch
@@ -38,6 +39,8 @@ RULES = [
     SupportRule(budget=Budget(share=Fraction(1, 10))),
     SupportRule(budget=Budget(share=Fraction(1, 3)), window=5, sink=3, dense_below=4),
     SupportRule(budget=Budget(tokens=5), window=0),
+    SupportRule(budget=Budget(tokens=13), granularity=Granularity(q_block=8), window=2),
+    SupportRule(budget=Budget(share=Fraction(2, 5)), granularity=Granularity(q_block=4, kv_block=2), dense_below=11),
 ]
 
 
@@ -79,7 +82,7 @@ def test_a_file_may_hold_the_settings_and_the_command_line_wins(tmp_path):
         ({"budgte": 1}, "did you mean 'budget'"),
         ({"budget": 0}, "at least 1 token"),
         ({"budget": 8, "plan": "plan.toml"}, "exclude each other"),
-        ({"granularity": {"q_block": 4}}, "use q_block=1"),
+        ({"granularity": {"q_block": 3}}, "power of two"),
         ({"granularity": {"kv_block": 3}}, "power of two"),
         ({"granularity": {"tile": 3}}, "q_block and kv_block"),
         ({"decode": "fast"}, "'dense' or 'sparse'"),
@@ -159,7 +162,7 @@ def test_an_indexer_of_another_model_is_refused(saved, tmp_path):
 @pytest.mark.parametrize("rule", RULES)
 def test_first_sparse_and_keys_read_are_those_of_the_rule(rule):
     n = 90
-    scores = torch.rand(1, 1, n, n // rule.granularity.kv_block)
+    scores = torch.rand(1, 1, -(-n // rule.granularity.q_block), n // rule.granularity.kv_block)
     support = topmass.ops.topk_support(scores, rule=rule, q_start=0, q_len=n)
     first = first_sparse(rule)
     assert support.sparse_rows().tolist() == [t >= first for t in range(n)]
@@ -342,6 +345,7 @@ class Layer:
         )
 
     def expected(self):
+        """All of the prompt in one call."""
         rule = self.server.rule
         support = index_topk(
             self.iq,
@@ -367,10 +371,46 @@ def test_chunks_over_scattered_pages_equal_one_call_over_all(tmp_path, settings,
     assert service.receipts.selection["index_topk=reference"] == sum(service.receipts.backends.values())
 
 
-def test_long_chunks_are_cut_to_fit_the_workspace(saved, monkeypatch):
+def test_queries_that_share_select_once_unless_they_are_cut(saved):
+    said = []
+    service = open_service(additional(saved, budget=13, granularity={"q_block": 8}), device="d", say=said.append)
+    service.check(MODEL)
+    assert said == [
+        "topmass: 8 queries share a selection; where the scheduler cuts them both parts select, so that answers depend on how "
+        "prompts are cut."
+    ]
+    layer = Layer(service, 61)
+    for cuts, same in (((0, 61), True), ((0, 24, 56, 61), True), ((0, 20, 61), False)):
+        out = torch.cat([layer.attend(lo, hi) for lo, hi in pairwise(cuts)])
+        apart = (out - layer.expected()).abs().amax((1, 2)) > 1e-5
+        # the block that holds the cut, and no other
+        assert same != apart[16:24].any()
+        assert not apart[:16].any()
+        assert not apart[24:].any()
+
+
+def test_generated_queries_share_nothing(saved):
+    service = open_service(additional(saved, budget=13, granularity={"q_block": 8}, decode="sparse"), device="d")
+    layer, alone = Layer(service, 61), Layer(open_service(additional(saved, budget=13), device="d"), 61)
+    (part,) = Batch.plan(Step(requests=["a"], prompt_lens=[50]), [0, 1], [61]).parts
+    assert part.generated
+    one, expected = (
+        x.server.attend(
+            x.q[60:], x.iq[0, 60:], x.opened, x.pages, part, arithmetic=Arithmetic(scale=0.5), finish=lambda i: i
+        )
+        for x in (layer, alone)
+    )
+    assert torch.equal(one, expected)
+    receipts = service.receipts
+    receipts.add(Batch(parts=(part,), sparse_decode=True))
+    assert receipts.total.layers[2].keys == 13
+
+
+@pytest.mark.parametrize("block", [1, 16])
+def test_long_chunks_are_cut_to_fit_the_workspace(saved, monkeypatch, block):
     from topmass.ops import _logits
 
-    service = open_service(additional(saved, budget=9, sink=1), device="d")
+    service = open_service(additional(saved, budget=24, sink=1, granularity={"q_block": block}), device="d")
     layer = Layer(service, 50, seed=1)
     whole = layer.attend(0, 50)
     monkeypatch.setattr(_logits, "WORKSPACE_BYTES", 4 * 50 * 4 * 8)
@@ -413,9 +453,8 @@ def test_a_frontier_s_file_gives_the_selector_that_load_selector_gives(saved, tm
 
 
 def test_what_stands_beside_a_frontier_s_file_wins(saved, tmp_path):
-    path = frontier_file(tmp_path, "indexer", "another", q_block=32)
-    with pytest.raises(ConfigError, match=r'"granularity": \{"q_block": 1\}'):
-        Settings.parse({"topmass": {"config": str(path)}})
+    path = frontier_file(tmp_path, "indexer", "another", q_block=4)
+    assert Settings.parse({"topmass": {"config": str(path)}}).granularity == {"q_block": 4, "kv_block": 1}
     given = {"config": str(path), "granularity": {"q_block": 1}, "budget": 8}
     with pytest.raises(ConfigError, match="measured with another"):
         open_service({"topmass": given}, device="d")

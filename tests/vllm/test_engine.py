@@ -6,6 +6,8 @@ import pytest
 import torch
 from vllm_tiny import make, prompt
 
+import topmass
+
 PROMPTS = [prompt(n, seed) for seed, n in enumerate((300, 129, 40, 577))]
 SPARSE = {"budget": 48, "sink": 2, "window": 4}
 
@@ -105,6 +107,16 @@ def test_a_prompt_s_last_token_alone_is_prefill(qwen3, engine):
     chunked = engine(qwen3, SPARSE, max_num_batched_tokens=64, max_num_seqs=8)
     assert chunked.run(p) == [expected]
     assert chunked.service.receipts.total.layers[0].sparse == 257 - 48
+
+
+def test_queries_that_share_are_those_of_transformers_where_no_block_is_cut(qwen3, engine):
+    settings = {"granularity": {"q_block": 16}, "decode": "sparse", "budget": 48}
+    unit = topmass.Granularity(q_block=16)
+    expected = [qwen3.generate(p, granularity=unit, decode="sparse", budget=48) for p in PROMPTS]
+    assert [engine(qwen3, settings).run(p)[0] for p in PROMPTS] == expected
+    chunked = engine(qwen3, settings, max_num_batched_tokens=64, max_num_seqs=8)
+    assert [chunked.run(p)[0] for p in PROMPTS] == expected
+    assert expected != [qwen3.generate(p, decode="sparse", budget=48) for p in PROMPTS]
 
 
 @pytest.mark.parametrize("decode", ["dense", "sparse"])

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from topmass.bench.serve_engines import Answers, Driver, Engine, Launch, open_engine
 from topmass.bench.timing import rotation
+from topmass.core.granularity import Granularity
 from topmass.errors import ConfigError
 from topmass.results import Run
 from topmass.results.schema import SERVE_METRICS
@@ -34,6 +35,7 @@ class ServeSetting:
         shared: Share of a prompt that all prompts of a case begin with, for the prefix cache.
         interleave: All modes' engines live at once and take turns; else one after the other.
         sparse: The table `topmass` of `--additional-config`.
+        q_blocks: Queries that share a selection: a sparse engine for each, called `sparse q32`. None: one engine, as `sparse` says.
         engine: Further arguments of the engine, by their name in Python.
         seed: Seed of prompts and moments.
 
@@ -50,6 +52,7 @@ class ServeSetting:
     shared: float = 0.0
     interleave: bool = True
     sparse: Mapping[str, Any] = field(default_factory=dict)
+    q_blocks: tuple[int, ...] = ()
     engine: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
 
@@ -69,6 +72,31 @@ class ServeSetting:
             raise ConfigError(f"shared must be at least 0 and below 1, got {self.shared}.")
         if "sparse" in self.modes and not self.sparse:
             raise ConfigError("The sparse mode needs an indexer and a budget; give them, or leave the mode out.")
+        for block in self.q_blocks:
+            Granularity(q_block=block)
+
+    @property
+    def engines(self) -> dict[str, tuple[str, dict[str, Any]]]:
+        """Mode and `topmass` table of every engine, by its name in the records.
+
+        Example:
+            >>> setting = ServeSetting(modes=("dense", "sparse"), sparse={"budget": 2048}, q_blocks=(1, 32))
+            >>> list(setting.engines), setting.engines["sparse q32"][1]
+            (['dense', 'sparse q1', 'sparse q32'], {'budget': 2048, 'granularity': {'q_block': 32}})
+        """
+        found: dict[str, tuple[str, dict[str, Any]]] = {}
+        for mode in self.modes:
+            if mode != "sparse":
+                found[mode] = mode, {}
+            elif not self.q_blocks:
+                found[mode] = mode, dict(self.sparse)
+            else:
+                unit = self.sparse.get("granularity", {})
+                found |= {
+                    f"{mode} q{block}": (mode, {**self.sparse, "granularity": {**unit, "q_block": block}})
+                    for block in self.q_blocks
+                }
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +172,7 @@ def bench_serve(
     cases = [(d, n, float(r)) for d in dict.fromkeys(setting.drivers) for n in dict.fromkeys(setting.lengths) for r in dict.fromkeys(setting.rates)]  # fmt: skip
     cases = [case for case in cases if run is None or not run.done(case)]
     kept: dict[tuple[str, int, float], list[dict[str, Any]]] = {case: [] for case in cases}
-    groups = [tuple(dict.fromkeys(setting.modes))]
+    groups = [tuple(setting.engines)]
     if not setting.interleave:
         groups = [(mode,) for mode in groups[0]]
     total, done = len(cases) * len(groups), 0
@@ -163,22 +191,23 @@ def bench_serve(
                     load = make_load(setting, launch.vocabulary, *case[1:], text=launch.text)
                     kept[case] += _measure(engines, load, case, launch.vocabulary, setting)
                     done += 1
-                    if {row["mode"] for row in kept[case]} == set(setting.modes):
+                    if {row["mode"] for row in kept[case]} == set(setting.engines):
                         rows += kept[case]
                         if run is not None:
                             run.append(kept[case])
     return rows
 
 
-def _open(driver: str, mode: str, launch: Launch, setting: ServeSetting) -> Engine:
+def _open(driver: str, name: str, launch: Launch, setting: ServeSetting) -> Engine:
     options: dict[str, Any] = {
         "max_model_len": max(setting.lengths) + setting.new_tokens,
         "enable_prefix_caching": setting.shared > 0,
         **setting.engine,
     }
     extra = dict(options.pop("additional_config", {}))
+    mode, table = setting.engines[name]
     if mode == "sparse":
-        extra["topmass"] = {**({"indexer": launch.indexer} if launch.indexer else {}), **setting.sparse}
+        extra["topmass"] = {**({"indexer": launch.indexer} if launch.indexer else {}), **table}
         options["attention_config"] = {**options.get("attention_config", {}), "backend": "CUSTOM"}
     elif mode == "floor":
         extra["topmass_floor"] = True

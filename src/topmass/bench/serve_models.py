@@ -62,7 +62,7 @@ def prepare(
     if device == "cpu":
         say("warning: on a CPU plain PyTorch is timed, which says nothing of any kernel")
     elif setting.interleave:
-        options["gpu_memory_utilization"] = round(0.9 / len(setting.modes), 3)
+        options["gpu_memory_utilization"] = round(0.9 / len(setting.engines), 3)
     untrained = indexer is None and "config" not in setting.sparse and "sparse" in setting.modes
     if untrained:
         alike = (

@@ -34,6 +34,7 @@ class ServeConfig:
         indexer: Directory of an indexer, or `reference`; default an untrained one that stands in for it.
         budget: Keys per query: tokens, `5%`, or `mass:0.95<=4096`.
         dense_below: Positions up to this length attend densely.
+        q_blocks: Queries that share a selection: a sparse engine for each; default one engine, which selects per query.
         serve: A file that `topmass frontier --toml` wrote, or one with the plugin's settings, in the place of these three.
         dim: Width of an untrained indexer's queries and keys.
         kv_block: Keys that an untrained indexer takes together.
@@ -53,6 +54,7 @@ class ServeConfig:
     indexer: str | None = None
     budget: str = "2048"
     dense_below: int = 0
+    q_blocks: tuple[int, ...] = ()
     serve: Path | None = None
     dim: int = 64
     kv_block: int = 1
@@ -152,6 +154,7 @@ def setting_of(settings: ServeConfig) -> Any:
         shared=settings.shared,
         interleave=not settings.one_by_one,
         sparse=sparse,
+        q_blocks=settings.q_blocks,
         engine=engine,
         seed=settings.seed,
     )
@@ -176,6 +179,6 @@ def _cells(case: "ServeCase") -> list[dict[str, Any]]:
             {"driver": case.driver, "length": case.length, "rate": case.rate, "mode": mode}
             | {name: asdict(value) if value else None for name, value in {**times, **ratios}.items()}
             | {metric: case.total(mode, metric) for metric in totals}
-            | {"of_attainable_saving": case.attained if mode == "sparse" else None}
+            | {"of_attainable_saving": case.attained(mode) if mode in case.sparse else None}
         )
     return found

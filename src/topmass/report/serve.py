@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import altair as alt
@@ -14,8 +15,7 @@ __all__ = ["HEADER", "ServeCase", "ServeTable", "answers", "line", "notes", "tab
 
 Row = dict[str, Any]
 
-MODES = ("dense", "sparse", "floor")
-COLOURS = {"dense": PALETTE["dense"], "sparse": PALETTE["indexer"], "floor": PALETTE["pooled"]}
+_SPARSE = (PALETTE["indexer"], PALETTE["oracle"], PALETTE["streaming"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +36,13 @@ class ServeCase:
 
     @property
     def modes(self) -> list[str]:
-        """Modes that ran, in their order."""
-        return [mode for mode in MODES if mode in self.rows]
+        """Engines that ran: dense, the sparse ones, the floor."""
+        return [mode for mode in ("dense", *self.sparse, "floor") if mode in self.rows]
+
+    @property
+    def sparse(self) -> list[str]:
+        """Sparse engines, in the order in which they ran."""
+        return [mode for mode in self.rows if mode.startswith("sparse")]
 
     def values(self, mode: str, metric: str) -> list[float]:
         """A metric of every request, in their order."""
@@ -58,17 +63,14 @@ class ServeCase:
         pairs = list(zip(self.values(mode, metric), self.values(over, metric), strict=False))
         return spread([a / b for a, b in pairs]) if pairs else None
 
-    @property
-    def over_floor(self) -> float | None:
-        """Median of the sparse mode's times to first token over the floor's, paired by request, less 1."""
-        found = self.ratio("sparse", "floor")
+    def over_floor(self, mode: str) -> float | None:
+        """Median of a sparse engine's times to first token over the floor's, paired by request, less 1."""
+        found = self.ratio(mode, "floor")
         return found and found.median - 1
 
-    @property
-    def attained(self) -> float | None:
-        """Median saving of the sparse mode, as a share of what the floor saves."""
-        times = {mode: self.spread(mode, "ttft") for mode in MODES}
-        dense, sparse, floor = times["dense"], times["sparse"], times["floor"]
+    def attained(self, mode: str) -> float | None:
+        """Median saving of a sparse engine, as a share of what the floor saves."""
+        dense, sparse, floor = (self.spread(name, "ttft") for name in ("dense", mode, "floor"))
         if dense is None or sparse is None or floor is None or dense.median <= floor.median:
             return None
         return (dense.median - sparse.median) / (dense.median - floor.median)
@@ -137,28 +139,25 @@ def tables(table: ServeTable) -> list[tuple[str, list[str], list[list[str]]]]:
 
 
 def answers(table: ServeTable) -> list[str]:
-    """A sentence for each case with a dense and a sparse mode."""
-    return [text for case in table.cases if (text := _answer(case))] or [
+    """A sentence for each case and sparse engine beside dense attention."""
+    return [text for case in table.cases for mode in case.sparse if (text := _answer(case, mode))] or [
         "Nothing sparse ran beside dense attention, so nothing can be compared."
     ]
 
 
-def _answer(case: ServeCase) -> str:
-    ratio, time, token = (
-        case.ratio("dense", "sparse"),
-        case.spread("sparse", "ttft"),
-        case.ratio("sparse", "dense", "tpot"),
-    )
+def _answer(case: ServeCase, mode: str) -> str:
+    ratio, time, token = case.ratio("dense", mode), case.spread(mode, "ttft"), case.ratio(mode, "dense", "tpot")
+    attained, over = case.attained(mode), case.over_floor(mode)
     if ratio is None or time is None:
         return ""
     text = (
-        f"{_where(case)}: sparse takes {time.median:,.4g} ms to the first token (p90 {time.p90:,.4g}), {ratio.median:.3g} times "
+        f"{_where(case)}: {mode} takes {time.median:,.4g} ms to the first token (p90 {time.p90:,.4g}), {ratio.median:.3g} times "
         f"(p10-p90 {ratio.p10:.3g} to {ratio.p90:.3g}) as fast as dense"
     )
-    if case.attained is not None:
-        text += f", {f'{case.attained:.0%}' if case.attained > 0 else 'none'} of what the floor saves"
-    if case.over_floor is not None:
-        text += f", {case.over_floor:.1%} over the floor"
+    if attained is not None:
+        text += f", {f'{attained:.0%}' if attained > 0 else 'none'} of what the floor saves"
+    if over is not None:
+        text += f", {over:.1%} over the floor"
     return text + (f"; time per output token {token.median - 1:+.1%}." if token else ".")
 
 
@@ -211,8 +210,11 @@ def _panel(cases: Sequence[ServeCase]) -> alt.LayerChart:
     x = alt.X("x:Q", title="prompt length (tokens)", scale=_log_scale([r["x"] for r in rows]), axis=_token_axis())
     domain = [min(r["low"] for r in rows) / 1.3, max(r["high"] for r in rows) * 1.3]
     y = alt.Y("y:Q", title="time to first token (ms)", scale=alt.Scale(type="log", domain=domain, nice=False))
-    names = [mode for mode in MODES if any(r["name"] == mode for r in rows)]
-    tint = alt.Color("name:N", scale=alt.Scale(domain=names, range=[COLOURS[n] for n in names]), legend=_NAMED)
+    names = list(dict.fromkeys(mode for c in cases for mode in c.modes))
+    sparse = cycle(_SPARSE)
+    fixed = {"dense": PALETTE["dense"], "floor": PALETTE["pooled"]}
+    colours = [fixed.get(name) or next(sparse) for name in names]
+    tint = alt.Color("name:N", scale=alt.Scale(domain=names, range=colours), legend=_NAMED)
     base = alt.Chart(alt.Data(values=rows)).encode(x=x, color=tint)
     layers = [
         base.mark_rule(strokeWidth=1.4).encode(y=alt.Y("low:Q"), y2="high:Q"),

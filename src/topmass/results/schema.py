@@ -233,7 +233,12 @@ _SERVE = Schema(
         _column("driver", "str", "", "offline: the engine alone; server: the OpenAI-compatible server."),
         _column("length", "int", "tokens", "Prompt length, exact."),
         _column("rate", "float", "requests/s", "Mean rate of requests (Poisson); 0: one after the other."),
-        _column("mode", "str", "", "dense, sparse, or floor: attention of prompts replaced by a copy of the values."),
+        _column(
+            "mode",
+            "str",
+            "",
+            "dense, sparse (or sparse q32), or floor: attention of prompts replaced by a copy of the values.",
+        ),
         _column("request", "int", "", "Index of the request; -1 for what is of all of them."),
         _column("metric", "str", "", "What `value` is, see below."),
         _column("value", "float", "", "The value.", nullable=True),

@@ -104,7 +104,9 @@ class Batch:
 
 
 def first_sparse(rule: SupportRule | None) -> int | None:
-    """First position that reads a support rather than every key; all after it do, too. `None` if there is none.
+    """First position that reads a support rather than every key; `None` if there is none.
+
+    With one query a block all positions after it do, too.
 
     Example:
         >>> from topmass.core.budget import Budget
@@ -113,32 +115,28 @@ def first_sparse(rule: SupportRule | None) -> int | None:
     """
     if rule is None or rule.budget is None:
         return None
-    low, high = rule.dense_below, 2**40
-    if int(rule.dense_len(torch.tensor([high]))[0]) >= high + 1:
+    low, high = 0, 2**40
+    if rule.reads_all(0, high):
         return None
-    # t + 1 grows faster than what is dense at t, so that one change of sign is all there is
-    while low < high:
+    while high - low > 1:
         middle = (low + high) // 2
-        if middle + 1 > int(rule.dense_len(torch.tensor([middle]))[0]):
-            high = middle
-        else:
-            low = middle + 1
+        low, high = (middle, high) if rule.reads_all(0, middle) else (low, middle)
     return low
 
 
 def keys_read(rule: SupportRule, start: int, stop: int) -> tuple[int, int, int]:
-    """Queries at `start ... stop - 1` that are sparse, those that are dense, and the keys they read, with one query a block.
+    """Queries at `start ... stop - 1` that are sparse, those that are dense, and the keys they read.
 
     For a mass budget the keys are the most that it may read.
     """
-    assert rule.granularity.q_block == 1
     t = torch.arange(start, stop)
-    seen, near = t + 1, rule.window_start(t)
-    first, last = rule.candidate_range(t)
+    t0 = t // rule.granularity.q_block * rule.granularity.q_block
+    seen, near = t + 1, rule.window_start(t0)
+    first, last = rule.candidate_range(t0)
     # the sink and the window may overlap
     forced = torch.where(near <= rule.sink_tokens, seen, rule.sink_tokens + seen - near).minimum(seen)
-    chosen = (last - first).minimum(rule.groups_wanted(t)) * rule.granularity.kv_block
-    dense = seen <= rule.dense_len(t)
+    chosen = (last - first).minimum(rule.groups_wanted(t0)) * rule.granularity.kv_block
+    dense = seen <= rule.dense_len(t0)
     keys = torch.where(dense, seen, forced + chosen)
     return int((~dense).sum()), int(dense.sum()), int(keys.sum())
 

@@ -37,7 +37,8 @@ class LayerCount:
         if rule is None:
             dense = part.stop - part.start
             return cls(dense={KEPT_DENSE: dense}, keys=(part.start + 1 + part.stop) * dense // 2)
-        sparse, dense, keys = keys_read(rule, part.start, part.stop)
+        served = rule.per_query() if part.generated else rule
+        sparse, dense, keys = keys_read(served, part.start, part.stop)
         return cls(sparse=sparse, dense={within(rule): dense} if dense else {}, keys=keys)
 
     def add(self, other: "LayerCount") -> None:

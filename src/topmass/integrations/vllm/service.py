@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from topmass.core.granularity import split_queries
+from topmass.core.rule import SupportRule
 from topmass.errors import ConfigError
 from topmass.integrations.vllm.batch import Batch, Part, Step, first_sparse
 from topmass.integrations.vllm.metrics import Counters
@@ -42,6 +43,12 @@ class Arithmetic:
         return {"scale": self.scale, "softcap": self.softcap, "sinks": self.sinks}
 
 
+def _threshold(rule: SupportRule | None) -> int | None:
+    """First position that is sparse, in the prompt or generated."""
+    found = [first_sparse(one) for one in (rule, rule and rule.per_query())]
+    return min((t for t in found if t is not None), default=None)
+
+
 class LayerServer:
     """Selects and attends for one layer.
 
@@ -53,7 +60,7 @@ class LayerServer:
     def __init__(self, layer: int, selector: IndexerSelector, *, backend: str, receipts: Receipts) -> None:
         self.layer = layer
         self.rule = selector.rule(layer)
-        self.threshold = first_sparse(self.rule)
+        self.threshold = _threshold(self.rule)
         self.indexer: LayerIndexer | None = selector.indexer.layer(layer)
         self._backend, self._receipts = backend, receipts
 
@@ -74,11 +81,15 @@ class LayerServer:
             finish: Index keys of complete groups from what the pages hold of them.
         """
         assert self.rule is not None
+        assert self.rule.budget is not None
         assert self.indexer is not None
+        # generated tokens come one at a time
+        rule = self.rule.per_query() if part.generated else self.rule
         config = self.indexer.config
         owned = page_table[: pages.count(part.stop)].long()
         ik = finish(pages.read_index(owned, part.stop, config.dim))[None]
-        step = rows_that_fit(q[None], part.stop, heads=1 if q.is_cuda else None)
+        block = rule.granularity.q_block
+        step = max(rows_that_fit(q[None], part.stop, heads=1 if q.is_cuda else None) // block, 1) * block
         out: list[Tensor] = []
         for lo, hi in split_queries(part.start, q.shape[0], step):
             stop = part.start + hi
@@ -86,11 +97,11 @@ class LayerServer:
                 support = index_topk(
                     iq[None, lo:hi],
                     ik[:, : stop // config.kv_block],
-                    budget=self._budget,
-                    granularity=self.rule.granularity,
-                    sink=self.rule.sink,
-                    window=self.rule.window,
-                    dense_below=self.rule.dense_below,
+                    budget=self.rule.budget,
+                    granularity=rule.granularity,
+                    sink=rule.sink,
+                    window=rule.window,
+                    dense_below=rule.dense_below,
                     q_start=part.start + lo,
                     reduce=config.reduce,
                     score_dtype=getattr(torch, config.score_dtype),
@@ -103,12 +114,6 @@ class LayerServer:
             out.append(sparse_prefill(*qkv, support, **settings, backend=backend.name)[0][0])
             self._receipts.ran(backend.name, selection)
         return out[0] if len(out) == 1 else torch.cat(out)
-
-    @property
-    def _budget(self) -> Any:
-        assert self.rule is not None
-        assert self.rule.budget is not None
-        return self.rule.budget
 
 
 class Service:
@@ -139,7 +144,7 @@ class Service:
         info = self.indexer.info
         rules = {i: self.selector.rule(i) for i in info.fingerprint.full_layers}
         self.receipts = Receipts(rules, path=settings.receipts, say=say, log_every=settings.log_every)
-        found = [first_sparse(rule) for rule in rules.values()]
+        found = [_threshold(rule) for rule in rules.values()]
         self.threshold: int | None = min((t for t in found if t is not None), default=None)
         self._say = say
 
@@ -171,6 +176,11 @@ class Service:
                     f"Layer {layer} of the indexer in {self.settings.indexer} reads {config.features!r}; vLLM serves "
                     "indexers that read hidden states: distil one with features = 'hidden'."
                 )
+        if (block := self.selector.granularity.q_block) > 1:
+            self.tell(
+                f"topmass: {block} queries share a selection; where the scheduler cuts them both parts select, so that answers "
+                "depend on how prompts are cut."
+            )
         if reason := info.fingerprint.doubt(model):
             self.tell(
                 f"topmass: the model is not the one that the indexer was trained on ({reason}); check the recall."

@@ -27,7 +27,8 @@ class Settings:
         indexer: Directory that `topmass distill` or `Indexer.save` wrote.
         budget: Keys per query. `None` takes the plan's, or what the indexer recommends.
         plan: TOML file with a budget per layer. `None` gives every layer the same.
-        granularity: `q_block` and `kv_block`; what is missing is the indexer's. Serving selects per query.
+        granularity: `q_block`, else 1, and `kv_block`, else the indexer's. A block of queries that the scheduler cuts selects
+            in both parts, so that with `q_block` above 1 answers depend on how prompts are cut.
         sink: Keys always read at the start, in tokens, inside the budget.
         window: Keys always read up to and including the query's own, in tokens, inside the budget.
         dense_below: Queries that see at most this many keys read them all; `"auto"` looks the device up in the indexer.
@@ -79,12 +80,6 @@ class Settings:
         if not isinstance(self.granularity, Mapping) or set(self.granularity) - {"q_block", "kv_block"}:
             raise ConfigError(f"granularity takes q_block and kv_block, got {self.granularity!r}.")
         Granularity(q_block=self.granularity.get("q_block", 1), kv_block=self.granularity.get("kv_block", 1))
-        if self.granularity.get("q_block", 1) != 1:
-            raise ConfigError(
-                f"q_block={self.granularity['q_block']} cannot be served: the scheduler cuts prompts anywhere, and a block of "
-                "queries that is cut would select twice; use q_block=1 "
-                '("granularity": {"q_block": 1} beside a configuration that was timed in blocks).'
-            )
         if isinstance(self.log_every, bool) or not isinstance(self.log_every, int | float) or self.log_every < 0:
             raise ConfigError(f"log_every must be a number of seconds of at least 0, got {self.log_every!r}.")
 
@@ -140,7 +135,9 @@ class Settings:
         """
         granularity = indexer.info.granularity
         assert granularity is not None, "filled in by IndexerInfo"
-        granularity = Granularity(kv_block=self.granularity.get("kv_block", granularity.kv_block))
+        granularity = Granularity(
+            q_block=self.granularity.get("q_block", 1), kv_block=self.granularity.get("kv_block", granularity.kv_block)
+        )
         return indexer.selector(
             budget=self._budget(indexer),
             granularity=granularity,
