@@ -323,10 +323,9 @@ class Layer:
         self.pages = torch.randperm(n + 3, generator=generator)[:n].int() + 1
         self.cache = torch.full((n + 4, 2, page_size, self.layout.width), float("nan"))
         slots = self.pages.long()[torch.arange(length) // page_size] * page_size + torch.arange(length) % page_size
-        stored = self.raw[0] if self.module.config.kv_block > 1 else self.finish(self.raw[0])
         self.opened = self.layout.open(self.cache)
         self.opened.write_tokens(self.k, self.v, slots)
-        self.opened.write_index(stored, slots)
+        self.opened.write_index(self.raw[0], slots)
 
     def finish(self, raw):
         return self.module.finish_keys(raw[None], *(x[:, : raw.shape[0]] for x in self.tables))[0]
@@ -341,7 +340,7 @@ class Layer:
             self.pages,
             part,
             arithmetic=Arithmetic(scale=0.5),
-            finish=(lambda stored: stored) if self.module.config.kv_block == 1 else self.finish,
+            finish=self.finish,
         )
 
     def expected(self):

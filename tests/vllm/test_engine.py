@@ -149,12 +149,27 @@ def test_dummy_weights_leave_the_indexer_alone(qwen3, engine):
     from topmass.selection.indexer import Indexer
 
     one = engine(qwen3, SPARSE, load_format="dummy")
-    saved = Indexer.load(qwen3.indexer).layer(1).state_dict()
-    (served,) = (layer.index for name, layer in one.layers.items() if "layers.1." in name)
-    assert torch.equal(served.weight, torch.cat([saved.pop("q_proj.weight"), saved.pop("k_proj.weight")]))
+    indexer = Indexer.load(qwen3.indexer).layer(1)
+    (layer,) = (layer for name, layer in one.layers.items() if "layers.1." in name)
+    served, hidden = layer.index, torch.randn(5, 64)
+    _, packed = layer.project(served._linear[0], hidden)
+    _, key, queries = layer.unpack(packed)
+    torch.testing.assert_close(key, indexer.k_proj(hidden), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(queries, indexer.q_proj(hidden), rtol=1e-5, atol=1e-5)
+    saved = {name: x for name, x in indexer.state_dict().items() if "proj" not in name}
     assert saved.keys() == served.layer.state_dict().keys()
     for name, weight in saved.items():
         assert torch.equal(served.layer.state_dict()[name], weight)
+
+
+def test_a_product_that_takes_no_rows_has_one_beside_it(qwen3, engine, monkeypatch):
+    """As for quantised weights, or a bias."""
+    from topmass.integrations.vllm import layer
+
+    monkeypatch.setattr(layer, "_join", lambda *args: False)
+    one = engine(qwen3, SPARSE)
+    assert next(iter(one.layers.values())).index.weight is not None
+    assert one.run(*PROMPTS) == [qwen3.generate(p, **SPARSE) for p in PROMPTS]
 
 
 def test_pages_hold_the_index_keys(qwen3, engine):

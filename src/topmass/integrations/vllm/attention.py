@@ -62,10 +62,10 @@ class SparseImpl:
         assert output_block_scale is None
         if attn_metadata is None:  # vLLM measures memory
             return output.fill_(0)
-        values, _, iq = layer.unpack(value)
-        batch: Batch | None = None if iq is None else attn_metadata.topmass
+        values, _, raw = layer.unpack(value)
+        batch: Batch | None = None if raw is None else attn_metadata.topmass
         parts, sparse = ((), ()) if batch is None else batch.split(layer.server.threshold)
-        if iq is None or not sparse:
+        if raw is None or not sparse:
             self.dense(layer, query, key, values, kv_cache, attn_metadata, output)
             return output
         if parts:
@@ -75,12 +75,12 @@ class SparseImpl:
             rows = slice(*part.rows)
             output[rows] = layer.server.attend(
                 query[rows],
-                iq[rows],
+                layer.index.queries(raw[rows], part.start),
                 layer.pages(kv_cache),
                 attn_metadata.block_table[part.index],
                 part,
                 arithmetic=arithmetic,
-                finish=layer.index.finish,
+                finish=layer.index.keys,
             )
         return output
 

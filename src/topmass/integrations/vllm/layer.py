@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.models.utils import extract_layer_index
 
 from topmass.errors import ConfigError, UnsupportedModelError
@@ -20,97 +22,129 @@ from topmass.selection.indexer import LayerIndexer, index_rope
 
 __all__ = ["IndexProjection", "IndexedAttention", "IndexedModel"]
 
-
-# by the RoPE module that layers share
-_GROUP_TABLES: WeakKeyDictionary[nn.Module, dict[Any, Sequence[Tensor]]] = WeakKeyDictionary()
+# rows of a product that kernels like
+ALIGN = 64
+# RoPE tables by the RoPE module that layers share
+_TABLES: WeakKeyDictionary[nn.Module, dict[Any, Sequence[Tensor]]] = WeakKeyDictionary()
 
 
 class IndexProjection(nn.Module):
-    """Index keys and queries of tokens from the input of their attention layer.
+    """Raw index keys and queries of tokens from the input of their attention layer, and what makes them complete.
+
+    Raw ones come out of the layer's own product for queries, keys and values, whose weights get rows for them, so that a token costs no
+    product more. Norm and RoPE, and the mean over a group of keys, wait until a prompt reads them: a generated token never does.
 
     The same on every tensor-parallel rank, so that all ranks select the same keys without talking.
 
     Args:
+        linear: The product for queries, keys and values. One that is quantised or has a bias stays as it is, and a product of its own
+            gives the raw index keys and queries.
         length: Tokens of the longest sequence.
     """
 
     def __init__(
-        self, server: LayerServer, rotary: nn.Module, dtype: torch.dtype, device: torch.device, *, length: int
+        self,
+        server: LayerServer,
+        linear: Any,
+        rotary: nn.Module,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        length: int,
     ) -> None:
         super().__init__()
         assert server.indexer is not None
-        self._server, self._rotary = [server], [rotary]
+        self._server, self._linear = [server], [linear]
         config = server.indexer.config
         with torch.device("meta"):
             self.layer = LayerIndexer(config)
-        # one product for queries and keys; the module keeps the norms
+        # one product for keys and queries; the module keeps the norms
         del self.layer.q_proj, self.layer.k_proj
-        weight, norms = self._weights()
+        rows, norms = self._weights()
         self.layer.load_state_dict({name: x.detach().to(device, copy=True) for name, x in norms.items()}, assign=True)
         self.layer.requires_grad_(False)
+        self.rows = rows.shape[0]
         # in the model's dtype: rounding here is what each call would do
-        self.weight = nn.Parameter(weight.detach().to(device, dtype), requires_grad=False)
+        weight = rows.detach().to(device, dtype)
+        self.weight = None if _join(linear, weight, self._restore_rows) else nn.Parameter(weight, requires_grad=False)
         # before memory is measured, not when the first prompt comes; a buffer, which vLLM keeps when it sleeps
-        for i, table in enumerate(self._group_tables(length // config.kv_block, dtype, device)):
-            self.register_buffer(f"groups_{i}", table, persistent=False)
+        for i, table in enumerate(_tables(rotary, config.rotary_dim, length, dtype, device)):
+            self.register_buffer(f"table_{i}", table, persistent=False)
 
-    def forward(self, positions: Tensor, hidden: Tensor) -> Tensor:
-        """`[index key | index queries of all heads]` of every token."""
-        config, tables = self.layer.config, self.tables(positions, hidden.dtype)
-        raw = F.linear(hidden, self.weight)[None]
-        queries, keys = raw.split([config.heads * config.dim, config.dim], -1)
-        # a group of one token is finished at once; a longer one when it is read, because a chunk may end inside
-        if config.kv_block == 1:
-            keys = self.layer.finish_keys(keys, *tables)
-        return torch.cat([keys[0], self.layer.finish_queries(queries, *tables)[0].flatten(1)], -1)
+    def split(self, mixed: Tensor, hidden: Tensor, values: int) -> tuple[Tensor, Tensor]:
+        """`[queries | keys | values]`, and `[values | raw index key | raw index queries]`.
 
-    def finish(self, stored: Tensor) -> Tensor:
-        """Index keys of the complete groups of a sequence, from what the pages hold of its tokens."""
-        if (r := self.layer.config.kv_block) == 1:
-            return stored
-        n = stored.shape[0] // r
-        return self.layer.finish_groups(
-            stored[None, : n * r].unflatten(1, (n, r)), *(x[:, :n] for x in self.buffers())
-        )[0]
+        Args:
+            mixed: What `linear` gave for `hidden`.
+            values: Columns of the values.
+        """
+        if self.weight is not None:
+            return mixed, torch.cat([mixed[..., -values:], F.linear(hidden, self.weight)], -1)
+        # beside each other, where nothing has to be copied
+        own = mixed.shape[-1] - self.rows
+        return mixed[..., :own], mixed[..., own - values :]
 
-    def tables(self, positions: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
-        """RoPE tables of positions at the indexer's width; nothing without RoPE."""
-        if not self.layer.config.rotary_dim:
-            return ()
-        # text only: the sections of a multimodal position are equal
-        positions = positions if positions.ndim == 1 else positions[0]
-        cos, sin = self._rotary[0].cos_sin_cache[positions].to(dtype).chunk(2, -1)
-        tables = (torch.cat([x, x], -1)[None] for x in (cos, sin))
-        return index_rope(*tables, self.layer.config.rotary_dim)
+    def keys(self, raw: Tensor) -> Tensor:
+        """Index keys of the complete groups of a sequence, from the raw ones of its tokens."""
+        return self.layer.finish_keys(raw[None], *(x[:, : raw.shape[0]] for x in self.buffers()))[0]
+
+    def queries(self, raw: Tensor, start: int) -> Tensor:
+        """Index queries per head of the tokens at `start` and after it."""
+        return self.layer.finish_queries(raw[None], *(x[:, start : start + raw.shape[0]] for x in self.buffers()))[0]
 
     def restore(self) -> None:
         """Load the weights again, after vLLM filled every parameter with noise (`--load-format dummy`)."""
-        weight, norms = self._weights()
-        self.weight.data.copy_(weight)
+        rows, norms = self._weights()
+        if self.weight is not None:
+            self.weight.data.copy_(rows)
         for name, norm in norms.items():
             self.layer.get_parameter(name).data.copy_(norm)
 
-    def _group_tables(self, groups: int, dtype: torch.dtype, device: torch.device) -> Sequence[Tensor]:
-        """RoPE tables of the groups' first positions, which layers with one RoPE share; nothing for groups of one."""
-        config = self.layer.config
-        if config.kv_block == 1:
-            return ()
-        kept = _GROUP_TABLES.setdefault(self._rotary[0], {})
-        key = groups, config.kv_block, config.rotary_dim, dtype
-        if key not in kept:
-            kept[key] = self.tables(torch.arange(groups, device=device) * config.kv_block, dtype)
-        return kept[key]
+    def _restore_rows(self) -> None:
+        # before a CPU packs them
+        self._linear[0].weight.data[-self.rows :].copy_(self._weights()[0])
 
     def _weights(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """What projects queries, then keys; and the norms by name."""
+        """What projects a key, then queries; and the norms by name."""
         indexer = self._server[0].indexer
         assert indexer is not None
         state = dict(indexer.state_dict())
-        return torch.cat([state.pop("q_proj.weight"), state.pop("k_proj.weight")]), state
+        rows = torch.cat([state.pop("k_proj.weight"), state.pop("q_proj.weight")])
+        return F.pad(rows, (0, 0, 0, -rows.shape[0] % ALIGN)), state
+
+
+def _tables(rotary: Any, width: int, length: int, dtype: torch.dtype, device: torch.device) -> Sequence[Tensor]:
+    """RoPE tables of all positions at the indexer's width, which layers with one RoPE share; nothing without RoPE."""
+    if not width:
+        return ()
+    kept, key = _TABLES.setdefault(rotary, {}), (width, length, dtype)
+    if key not in kept:
+        cos, sin = rotary.cos_sin_cache[:length].to(device, dtype).chunk(2, -1)
+        kept[key] = index_rope(*(torch.cat([x, x], -1)[None] for x in (cos, sin)), width)
+    return kept[key]
+
+
+class _Joined(UnquantizedLinearMethod):
+    """A product whose last rows are an index projection's."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        layer.restore_index()
+        super().process_weights_after_loading(layer)
+
+
+def _join(linear: Any, rows: Tensor, restore: Callable[[], None]) -> bool:
+    """Give a product more rows; false for one that cannot have them."""
+    if type(linear.quant_method) is not UnquantizedLinearMethod or linear.bias is not None:
+        return False
+    # vLLM loads its own rows by where they begin
+    linear.weight.data = torch.cat([linear.weight.data, rows])
+    linear.quant_method.__class__ = _Joined
+    linear.restore_index = restore
+    return True
 
 
 class IndexedAttention(Attention):
-    """Attention whose pages hold index keys, and whose value argument may carry `[value | index key | index queries]`."""
+    """Attention whose pages hold index keys, and whose value argument may carry `[value | raw index key | raw index queries]`."""
 
     server: LayerServer
     layout: PageLayout
@@ -127,31 +161,40 @@ class IndexedAttention(Attention):
             self._pages = cache, self.layout.open(cache)
         return self._pages[1]
 
-    def project(self, positions: Tensor, hidden: Tensor) -> Tensor | None:
-        """What `forward` takes as `index`; `None` for a layer without an indexer."""
-        return None if self.index is None else self.index(positions, hidden)
+    def project(self, linear: Any, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`[queries | keys | values]`, and what `forward` takes as `packed`: `None` for a layer without an indexer.
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, index: Tensor | None = None, **kwargs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if index is None:
+        Args:
+            linear: The product for queries, keys and values.
+        """
+        mixed, _ = linear(hidden)
+        return (mixed, None) if self.index is None else self.index.split(mixed, hidden, self._values)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, packed: Tensor | None = None, **kwargs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Attention; `packed` is `value` with the columns of an `IndexProjection` behind it."""
+        if packed is None:
             return super().forward(query, key, value, **kwargs)
-        tokens = query.shape[0]
         q = query.view(-1, self.num_heads, self.head_size)
         k = key.view(-1, self.num_kv_heads, self.head_size)
-        # two dimensions, values first: what is written to the pages is contiguous per head
-        packed = torch.cat([value.view(tokens, -1), index], -1)
         out = torch.empty_like(q)
+        # two dimensions, values first: what is written to the pages is contiguous per head
         versions.run_attention(self, q, k, packed, out)
-        return out.view(tokens, -1)
+        return out.view(query.shape[0], -1)
 
     def unpack(self, value: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Values per head, index keys, and index queries per head."""
+        """Values per head, raw index keys and raw index queries."""
         if value.ndim == 3:
             return value, None, None
         assert self.index is not None
         config = self.index.layer.config
-        width = self.num_kv_heads * self.head_size
-        v, key, queries = value.split([width, config.dim, config.heads * config.dim], -1)
-        return v.unflatten(1, (self.num_kv_heads, -1)), key, queries.unflatten(1, (config.heads, -1))
+        edges = self._values, self._values + config.dim, self._values + (1 + config.heads) * config.dim
+        v, key, queries = (value[:, lo:hi] for lo, hi in pairwise((0, *edges)))
+        return v.unflatten(1, (self.num_kv_heads, -1)), key, queries
+
+    @property
+    def _values(self) -> int:
+        """Columns of the values."""
+        return self.num_kv_heads * self.head_size
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> Any:
         spec: Any = super().get_kv_cache_spec(vllm_config)
@@ -211,7 +254,12 @@ def attach(model: Any, vllm_config: VllmConfig) -> set[str]:
         if server.indexer is not None:
             model_config, device = vllm_config.model_config, vllm_config.device_config.device
             index = IndexProjection(
-                server, module.rotary_emb, model_config.dtype, device, length=model_config.max_model_len
+                server,
+                module.qkv_proj,
+                module.rotary_emb,
+                model_config.dtype,
+                device,
+                length=model_config.max_model_len,
             )
         module.__class__ = model.swaps[type(module)]
         attn.__class__ = IndexedAttention

@@ -12,15 +12,15 @@ __all__ = ["Qwen3ForCausalLM"]
 
 
 class IndexedAttention(qwen3.Qwen3Attention):
-    """Attention that hands its input to the index projection, too."""
+    """Attention with an index projection in its product for queries, keys and values."""
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
-        qkv, _ = self.qkv_proj(hidden_states)
+        qkv, packed = self.attn.project(self.qkv_proj, hidden_states)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
         k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
         q, k = self.rotary_emb(positions, q, k)
-        out: torch.Tensor = self.attn(q, k, v, self.attn.project(positions, hidden_states))
+        out: torch.Tensor = self.attn(q, k, v, packed)
         return self.o_proj(out)[0]
 
 

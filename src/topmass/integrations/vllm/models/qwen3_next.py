@@ -12,12 +12,12 @@ __all__ = ["IndexedAttention", "Qwen3NextForCausalLM"]
 
 
 class IndexedAttention(qwen3_next.Qwen3NextAttention):
-    """Attention that hands its input to the index projection, too."""
+    """Attention with an index projection in its product for queries, keys and values."""
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
-        qkv, _ = self.qkv_proj(hidden_states)
+        qkv, packed = self.attn.project(self.qkv_proj, hidden_states)
         q, k, v, gate = self._project_qkv_gate(qkv, positions)
-        out: torch.Tensor = self.attn(q, k, v, self.attn.project(positions, hidden_states))
+        out: torch.Tensor = self.attn(q, k, v, packed)
         return self.o_proj(out if gate is None else out * torch.sigmoid(gate))[0]
 
 
