@@ -16,12 +16,13 @@ from topmass.ops import (
     attention_mass,
     dense_lse,
     index_topk,
+    index_vectors,
     kl_rows,
-    page_rows,
     pooled_mass,
     sparse_prefill,
     tile_union,
     topk_support,
+    write_pages,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -112,14 +113,29 @@ def loss() -> None:
     torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-5)
 
 
+def vectors() -> None:
+    """Index keys of groups, and queries of heads, which are rows of a wider memory."""
+    wide, weight = draw(2, 4 * N, 3 * 32 + 8)[..., 8:], draw(32)
+    for raw in (wide[..., :32].unflatten(1, (N, 4))[:, :, :, None], wide.unflatten(-1, (1, 3, 32))):
+        table = draw(1, raw.shape[1], 16)
+        settings = {"eps": 1e-6, "cos": table, "sin": table}
+        mine, plain = (index_vectors(raw, weight, **settings, backend=b) for b in ("triton", "reference"))
+        torch.testing.assert_close(mine, plain, rtol=2e-3, atol=1e-3)
+
+
 def write() -> None:
-    """Rows of tokens in pages, pieces of which are narrower than a block of the kernel."""
-    slots = torch.randperm(5 * 12, generator=torch.Generator().manual_seed(5))[:N].to(DEVICE)
-    mine, plain = (torch.zeros(5, 3, 12, 24, device=DEVICE, dtype=torch.float16) for _ in range(2))
-    rows = draw(len(slots), 64)
-    for pages, backend in ((mine, "triton"), (plain, "reference")):
-        page_rows(pages[..., 8:], rows[:, :40], slots, backend=backend)
-    assert torch.equal(mine, plain)
+    """Tokens in pages, rows of which are narrower than a block of the kernel; few and many of them."""
+    for n in (N, 601):
+        pages = n // 12 + 1
+        slots = torch.randperm(pages * 12, generator=torch.Generator().manual_seed(5))[:n].to(DEVICE)
+        key, value, index = draw(n, 3, 20), draw(n, 3, 20), draw(n, 40)
+        memory = [
+            [torch.zeros(pages, *shape, device=DEVICE, dtype=key.dtype) for shape in ((3, 12, 48), (12, 56))]
+            for _ in range(2)
+        ]
+        for (rows, index_rows), backend in zip(memory, ("triton", "reference"), strict=True):
+            write_pages(rows[..., 8:], key, value, slots, index_rows=index_rows, index=index, backend=backend)
+        assert all(map(torch.equal, *memory))
 
 
 KERNELS: dict[str, Callable[[], None]] = {
@@ -129,7 +145,8 @@ KERNELS: dict[str, Callable[[], None]] = {
     "sparse_prefill": attend,
     "attention_mass": mass,
     "indexer_kl": loss,
-    "page_rows": write,
+    "index_vectors": vectors,
+    "write_pages": write,
 }
 
 if __name__ == "__main__":

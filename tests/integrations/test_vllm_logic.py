@@ -213,8 +213,7 @@ def test_pages_return_what_was_written(heads, dim, columns):
     slots = pages[torch.arange(n) // 4] * 4 + torch.arange(n) % 4
     key, value, index = torch.randn(n, heads, 8), torch.randn(n, heads, 8), torch.randn(n, dim)
     opened = layout.open(cache)
-    opened.write_tokens(key, value, slots)
-    opened.write_index(index, slots)
+    opened.write(key, value, index, slots)
     assert torch.equal(opened.keys[pages].flatten(0, 1)[:n], key)
     assert torch.equal(opened.values[pages].flatten(0, 1)[:n], value)
     assert torch.equal(opened.read_index(pages, n, dim), index)
@@ -225,9 +224,10 @@ def test_padding_is_written_to_the_page_of_nobody():
     layout = PageLayout.fit(kv_heads=2, head_dim=8, index_dim=16)
     cache = torch.zeros(3, 2, 4, layout.width)
     pages = layout.open(cache)
-    pages.write_index(torch.ones(3, 16), torch.tensor([4, -1, -1]))
+    ones = torch.ones(3, 2, 8)
+    pages.write(ones, ones, ones.flatten(1), torch.tensor([4, -1, -1]))
     assert pages.index[1, 0].eq(1).all()
-    assert cache[1:].sum() == 16
+    assert cache[1:].sum() == 16 + 32
     assert pages.index[0, 1:].eq(0).all()
 
 
@@ -324,8 +324,7 @@ class Layer:
         self.cache = torch.full((n + 4, 2, page_size, self.layout.width), float("nan"))
         slots = self.pages.long()[torch.arange(length) // page_size] * page_size + torch.arange(length) % page_size
         self.opened = self.layout.open(self.cache)
-        self.opened.write_tokens(self.k, self.v, slots)
-        self.opened.write_index(self.raw[0], slots)
+        self.opened.write(self.k, self.v, self.raw[0], slots)
 
     def finish(self, raw):
         return self.module.finish_keys(raw[None], *(x[:, : raw.shape[0]] for x in self.tables))[0]

@@ -111,8 +111,10 @@ def _try(op: str, backend: str, device: str) -> Any:
         return ops.tile_union(support, backend=backend)
     if op == "index_topk":
         return ops.index_topk(q[:, :, :1], k[:, :, 0], budget=16, granularity=Granularity(), backend=backend)
-    if op == "page_rows":
-        pages = torch.zeros(16, 2, 4, 32, device=device, dtype=dtype)
-        ops.page_rows(pages, q[0, :, 0], torch.arange(64, device=device), backend=backend)
+    if op == "index_vectors":
+        return ops.index_vectors(k[:, :, None], torch.ones_like(k[0, 0, 0]), eps=1e-6, backend=backend)
+    if op == "write_pages":
+        pages = torch.zeros(16, k.shape[2], 4, 2 * k.shape[3], device=device, dtype=dtype)
+        ops.write_pages(pages, k[0], k[0], torch.arange(64, device=device), backend=backend)
         return pages
     raise AssertionError(f"doctor has no input for {op}")

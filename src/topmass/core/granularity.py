@@ -49,7 +49,7 @@ class Granularity:
 
 
 def split_queries(q_start: int, q_len: int, step: int) -> Iterator[tuple[int, int]]:
-    """Cut the queries `q_start ... q_start + q_len - 1` at the multiples of `step`; yields offsets from `q_start`.
+    """Cut the queries `q_start ... q_start + q_len - 1`, if they are more than `step`, at its multiples; yields offsets from `q_start`.
 
     The cuts are absolute positions: if `step` is a multiple of `q_block`, no query block is cut, whatever part of the
     prompt is at hand.
@@ -63,9 +63,14 @@ def split_queries(q_start: int, q_len: int, step: int) -> Iterator[tuple[int, in
     Example:
         >>> list(split_queries(5, 10, 8))
         [(0, 3), (3, 10)]
+        >>> list(split_queries(5, 8, 8))
+        [(0, 8)]
     """
+    if q_len <= step:
+        yield 0, q_len
+        return
     lo = 0
-    while lo < q_len or not lo:
+    while lo < q_len:
         hi = min((q_start + lo) // step * step + step - q_start, q_len)
         yield lo, hi
-        lo = max(hi, 1)
+        lo = hi

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-__all__ = ["INTERPRETED", "gpu_priority", "half_on_gpu", "on_device"]
+__all__ = ["INTERPRETED", "cdiv", "gpu_priority", "half_on_gpu", "next_power_of_2", "on_device"]
 
 _Launch = TypeVar("_Launch", bound=Callable[..., Any])
 
@@ -22,6 +22,19 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def gpu_priority(priority: int) -> int:
     """Priority of a kernel: below the reference where it would run in Triton's interpreter, which is for tests."""
     return -1 if INTERPRETED else priority
+
+
+# Triton's own take ten times as long on the host, in every launch
+
+
+def cdiv(a: int, b: int) -> int:
+    """Quotient, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least `n`."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def on_device(launch: _Launch) -> _Launch:

@@ -19,6 +19,7 @@ from topmass.core.rule import SupportRule
 from topmass.core.support import Support
 from topmass.errors import ConfigError, DataError
 from topmass.ops.index_topk import index_topk
+from topmass.ops.index_vectors import index_vectors, rotate_half_split
 from topmass.selection.artifact import (
     IndexerConfig,
     IndexerInfo,
@@ -95,13 +96,17 @@ class LayerIndexer(nn.Module):
         raw: Float[Tensor, "batch len width"],
         cos: Float[Tensor, "#batch len rotary"] | None = None,
         sin: Float[Tensor, "#batch len rotary"] | None = None,
+        *,
+        backend: str = "reference",
     ) -> Float[Tensor, "batch len heads dim"]:
-        """Index queries from what `q_proj` gives: norm and RoPE."""
+        """Index queries from what `q_proj` gives: norm and RoPE.
+
+        Args:
+            backend: Of `index_vectors`.
+        """
         self._check_tables(cos, sin)
-        q = self._normed(self.q_norm, raw.unflatten(-1, (self.config.heads, self.config.dim)))
-        if cos is not None and sin is not None:
-            q = rotate_half_split(q, cos[:, :, None], sin[:, :, None])
-        return q.to(raw.dtype)
+        raw = raw.unflatten(-1, (1, self.config.heads, self.config.dim))
+        return index_vectors(raw, self.q_norm.weight, eps=self.config.norm_eps, cos=cos, sin=sin, backend=backend)
 
     def project_keys(self, hidden: Float[Tensor, "batch len hidden"]) -> Float[Tensor, "batch len dim"]:
         """Raw keys: neither pooled, nor normed, nor rotated."""
@@ -112,6 +117,8 @@ class LayerIndexer(nn.Module):
         raw: Float[Tensor, "batch len dim"],
         cos: Float[Tensor, "#batch len rotary"] | None = None,
         sin: Float[Tensor, "#batch len rotary"] | None = None,
+        *,
+        backend: str = "reference",
     ) -> Float[Tensor, "batch groups dim"]:
         """Index keys of the complete groups; an incomplete one at the end has none.
 
@@ -119,36 +126,23 @@ class LayerIndexer(nn.Module):
             raw: Raw keys; the first is the first of a group.
             cos: Cosines of the positions of `raw`, both halves of `rotary_dim`; `None` without RoPE.
             sin: Sines, likewise.
+            backend: Of `index_vectors`.
 
         Raises:
             ConfigError: RoPE tables are missing, not wanted, or of another width.
         """
+        self._check_tables(cos, sin)
         r = self.config.kv_block
         whole = raw.shape[1] // r * r
-        first = (x if x is None else x[:, :whole:r] for x in (cos, sin))
-        return self.finish_groups(raw[:, :whole].unflatten(1, (whole // r, r)), *first)
-
-    def finish_groups(
-        self,
-        raw: Float[Tensor, "batch groups kv_block dim"],
-        cos: Float[Tensor, "#batch groups rotary"] | None = None,
-        sin: Float[Tensor, "#batch groups rotary"] | None = None,
-    ) -> Float[Tensor, "batch groups dim"]:
-        """`finish_keys` where the tables are those of the groups' first positions."""
-        self._check_tables(cos, sin)
-        wide = torch.promote_types(raw.dtype, torch.float32)
-        k = self._normed(self.k_norm, raw.to(wide).mean(2))
-        if cos is not None and sin is not None:
-            k = rotate_half_split(k, cos, sin)
-        return k.to(raw.dtype)
+        first = [x if x is None else x[:, :whole:r] for x in (cos, sin)]
+        # [batch, groups, r, 1, dim]
+        raw = raw[:, :whole].unflatten(1, (whole // r, r))[:, :, :, None]
+        norm, eps = self.k_norm.weight, self.config.norm_eps
+        return index_vectors(raw, norm, eps=eps, cos=first[0], sin=first[1], backend=backend)[:, :, 0]
 
     def _projected(self, linear: nn.Linear, x: Float[Tensor, "batch len width"]) -> Float[Tensor, "batch len out"]:
         # in the backbone's dtype, whatever the weights are kept in: what autocast does in training
         return F.linear(x, linear.weight.to(x.dtype))
-
-    def _normed(self, norm: nn.RMSNorm, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.rms_norm(x, (self.config.dim,), norm.weight.to(x.dtype), self.config.norm_eps)
 
     def _check_tables(self, cos: Tensor | None, sin: Tensor | None) -> None:
         width = self.config.rotary_dim
@@ -430,21 +424,6 @@ def load_reference_indexer() -> Indexer:
 def named_indexer(name: str) -> Indexer:
     """What settings and command lines name: a directory, or `reference` for the one that ships."""
     return load_reference_indexer() if name == "reference" else load_indexer(name)
-
-
-def rotate_half_split(
-    x: Float[Tensor, "*shape dim"], cos: Float[Tensor, "*#shape rotary"], sin: Float[Tensor, "*#shape rotary"]
-) -> Float[Tensor, "*shape dim"]:
-    """RoPE in half-split layout: dimension `i` is paired with `i + rotary / 2`; those past `rotary` stay.
-
-    Args:
-        cos: Cosines, the same in both halves, as transformers' rotary embeddings give them.
-        sin: Sines, likewise.
-    """
-    turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    low, high = turned.chunk(2, -1)
-    turned = turned * cos.to(x.dtype) + torch.cat([-high, low], -1) * sin.to(x.dtype)
-    return torch.cat([turned, kept], -1)
 
 
 def index_rope(

@@ -31,19 +31,13 @@ class SparseImpl:
         """Dense attention of some parts."""
         raise NotImplementedError
 
-    def write(self, layer: Any, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
-        """Write keys and values to the pages."""
-        raise NotImplementedError
-
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         """Write the tokens of a batch to the pages, index keys included, whatever they will be read for."""
         value, index, _ = layer.unpack(value)
         n = slot_mapping.shape[0]
-        self.write(layer, key[:n], value[:n], kv_cache, slot_mapping)
-        if index is not None:
-            layer.pages(kv_cache).write_index(index[:n], slot_mapping)
+        layer.pages(kv_cache).write(key[:n], value[:n], None if index is None else index[:n], slot_mapping)
 
     def forward(
         self,

@@ -129,9 +129,6 @@ class SparseFlashBuilder(FlashAttentionMetadataBuilder):
 class SparseFlashImpl(SparseImpl, FlashAttentionImpl):
     """FlashAttention over the keys and values of the pages."""
 
-    def write(self, layer: Any, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
-        FlashAttentionImpl.do_kv_cache_update(self, layer, key, value, layer.pages(cache).rows, slots)
-
     def dense(
         self, layer: Any, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, metadata: Any, output: Tensor
     ) -> None:

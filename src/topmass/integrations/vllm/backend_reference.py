@@ -110,9 +110,6 @@ class ReferenceImpl(SparseImpl, AttentionImpl[Any]):
         self.num_kv_heads, self.kv_cache_dtype = num_kv_heads or num_heads, kv_cache_dtype
         self.logits_soft_cap, self.sinks = logits_soft_cap, sinks
 
-    def write(self, layer: Any, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
-        layer.pages(cache).write_tokens(key, value, slots)
-
     def dense(
         self, layer: Any, query: Tensor, key: Tensor, value: Tensor, cache: Tensor, metadata: Any, output: Tensor
     ) -> None:

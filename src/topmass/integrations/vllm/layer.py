@@ -86,11 +86,13 @@ class IndexProjection(nn.Module):
 
     def keys(self, raw: Tensor) -> Tensor:
         """Index keys of the complete groups of a sequence, from the raw ones of its tokens."""
-        return self.layer.finish_keys(raw[None], *(x[:, : raw.shape[0]] for x in self.buffers()))[0]
+        tables = (x[:, : raw.shape[0]] for x in self.buffers())
+        return self.layer.finish_keys(raw[None], *tables, backend=self._server[0].vectors)[0]
 
     def queries(self, raw: Tensor, start: int) -> Tensor:
         """Index queries per head of the tokens at `start` and after it."""
-        return self.layer.finish_queries(raw[None], *(x[:, start : start + raw.shape[0]] for x in self.buffers()))[0]
+        tables = (x[:, start : start + raw.shape[0]] for x in self.buffers())
+        return self.layer.finish_queries(raw[None], *tables, backend=self._server[0].vectors)[0]
 
     def restore(self) -> None:
         """Load the weights again, after vLLM filled every parameter with noise (`--load-format dummy`)."""

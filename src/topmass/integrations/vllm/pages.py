@@ -8,12 +8,11 @@ what would cut a page by heads or tokens is refused (`versions.check_engine`).
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from topmass.errors import UnsupportedModelError
-from topmass.ops import page_rows
+from topmass.ops import write_pages
 
 __all__ = ["PageLayout", "Pages"]
 
@@ -89,21 +88,21 @@ class Pages:
         tokens = self.rows.transpose(1, 2)
         self.keys, self.values = tokens[..., : layout.head_dim], tokens[..., layout.head_dim :]
 
-    def write_index(self, index: Float[Tensor, "tokens index_dim"], slots: Int[Tensor, " tokens"]) -> None:
-        """Write index keys; token `i` of the sequence that owns page `p` has slot `p * page_size + i % page_size`.
-
-        Slots below 0 are padding, which goes to slot 0: vLLM gives its page to no request.
-        """
-        page_rows(self.index[:, None], index, slots)
-
-    def write_tokens(
+    def write(
         self,
         key: Float[Tensor, "tokens kv_heads head_dim"],
         value: Float[Tensor, "tokens kv_heads head_dim"],
+        index: Float[Tensor, "tokens index_dim"] | None,
         slots: Int[Tensor, " tokens"],
     ) -> None:
-        """Write keys and values, as `write_index` does with index keys."""
-        page_rows(self.rows, torch.cat([key, value], -1).flatten(1), slots)
+        """Write tokens; token `i` of the sequence that owns page `p` has slot `p * page_size + i % page_size`.
+
+        Slots below 0 are padding, which goes to slot 0: vLLM gives its page to no request.
+
+        Args:
+            index: Raw index keys; `None` for a layer without an indexer.
+        """
+        write_pages(self.rows, key, value, slots, index_rows=None if index is None else self.index, index=index)
 
     def read_index(self, pages: Int[Tensor, " n"], length: int, dim: int) -> Float[Tensor, "length dim"]:
         """Index keys of the first `length` tokens of the sequence that owns `pages`."""

@@ -18,7 +18,6 @@ from topmass.integrations.vllm.receipts import Receipts
 from topmass.integrations.vllm.settings import Settings
 from topmass.ops import _dispatch, index_topk, sparse_prefill
 from topmass.ops._logits import rows_that_fit
-from topmass.ops.sparse_prefill.interface import resolve_backend
 from topmass.selection.indexer import IndexerSelector, LayerIndexer, ModelFingerprint
 
 __all__ = ["Arithmetic", "LayerServer", "Service", "open_service"]
@@ -55,6 +54,7 @@ class LayerServer:
     Attributes:
         layer: Index of the layer in the model.
         threshold: First position that is sparse; `None` for a layer that stays dense.
+        vectors: Backend that completes index keys and queries.
     """
 
     def __init__(self, layer: int, selector: IndexerSelector, *, backend: str, receipts: Receipts) -> None:
@@ -62,6 +62,7 @@ class LayerServer:
         self.rule = selector.rule(layer)
         self.threshold = _threshold(self.rule)
         self.indexer: LayerIndexer | None = selector.indexer.layer(layer)
+        self.vectors = _dispatch.known_or_auto("index_vectors", backend)
         self._backend, self._receipts = backend, receipts
 
     def attend(
@@ -93,7 +94,7 @@ class LayerServer:
         out: list[Tensor] = []
         for lo, hi in split_queries(part.start, q.shape[0], step):
             stop = part.start + hi
-            with _dispatch.record() as selection:
+            with _dispatch.record() as chosen:
                 support = index_topk(
                     iq[None, lo:hi],
                     ik[:, : stop // config.kv_block],
@@ -107,12 +108,17 @@ class LayerServer:
                     score_dtype=getattr(torch, config.score_dtype),
                     backend=_dispatch.known_or_auto("index_topk", self._backend),
                 )
-            settings = {**arithmetic.settings(), "page_table": owned[None, : pages.count(stop)]}
-            # a typical call names the backend that all calls of this shape get
-            qkv = q[None, lo:hi], pages.keys, pages.values
-            backend = resolve_backend(self._backend, *qkv, support, **settings)
-            out.append(sparse_prefill(*qkv, support, **settings, backend=backend.name)[0][0])
-            self._receipts.ran(backend.name, selection)
+                part_out, _ = sparse_prefill(
+                    q[None, lo:hi],
+                    pages.keys,
+                    pages.values,
+                    support,
+                    page_table=owned[None, : pages.count(stop)],
+                    backend=self._backend,
+                    **arithmetic.settings(),
+                )
+            out.append(part_out[0])
+            self._receipts.ran(chosen.pop("sparse_prefill"), chosen)
         return out[0] if len(out) == 1 else torch.cat(out)
 
 

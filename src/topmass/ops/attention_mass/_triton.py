@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from topmass.core.granularity import Granularity
-from topmass.ops._triton_common import INTERPRETED, half_on_gpu, on_device
+from topmass.ops._triton_common import INTERPRETED, cdiv, half_on_gpu, next_power_of_2, on_device
 from topmass.ops.attention_mass.reference import pool_mass
 
 __all__ = ["TILES", "attention_mass_triton", "launch_lse", "why_not"]
@@ -39,7 +39,7 @@ def why_not(q: Tensor, k: Tensor, lse: Tensor | None, **settings: object) -> str
 def _tile(kernel: str, q: Tensor) -> dict[str, int]:
     if INTERPRETED:
         return SMALL | ({"INNER": 0} if kernel == "mass" else {})
-    BD = max(triton.next_power_of_2(q.shape[-1]), 64)
+    BD = max(next_power_of_2(q.shape[-1]), 64)
     tile = dict(TILES[kernel][BD])
     # AMD devices do not say
     room = getattr(torch.cuda.get_device_properties(q.device), "shared_memory_per_block_optin", 65536)
@@ -178,9 +178,9 @@ def launch_lse(
     lse = torch.empty(B, TQ, HQ, dtype=torch.float32, device=q.device)
     tile = _tile("lse", q)
     if lse.numel():
-        _lse_kernel[(B * HQ, triton.cdiv(TQ, tile["BM"]))](
+        _lse_kernel[(B * HQ, cdiv(TQ, tile["BM"]))](
             q, k, q if positions is None else positions.contiguous(), lse, *_in_log2(scale, softcap), *q.stride()[:3], *k.stride()[:3],
-            TQ, q_start, HQ=HQ, G=HQ // k.shape[2], D=D, BD=max(triton.next_power_of_2(D), 16), CAP=softcap is not None,
+            TQ, q_start, HQ=HQ, G=HQ // k.shape[2], D=D, BD=max(next_power_of_2(D), 16), CAP=softcap is not None,
             SCATTERED=positions is not None, **tile,
         )  # fmt: skip
     return lse if sinks is None else torch.logaddexp(lse, sinks.float().expand_as(lse))
@@ -219,7 +219,7 @@ def attention_mass_triton(
     S, G = HQ // shared, HQ // HK
     origin = 0 if positions is not None else -(q_start % tile["BM"])
     blocks, groups = -(-(q_start + TQ) // g) - q_start // g if positions is None else TQ, TK // r
-    tiles_m, tiles_n = triton.cdiv(TQ - origin, tile["BM"]), triton.cdiv(TK, tile["BN"])
+    tiles_m, tiles_n = cdiv(TQ - origin, tile["BM"]), cdiv(TK, tile["BN"])
     mass = torch.empty(B, shared, blocks, groups, dtype=torch.float32, device=q.device)
     totals = torch.empty(tiles_n, B, shared, TQ, dtype=torch.float32, device=q.device)
     if totals.numel():
@@ -227,7 +227,7 @@ def attention_mass_triton(
             q, k, q if positions is None else positions.contiguous(), lse.float().contiguous(), mass, totals,
             *_in_log2(scale, softcap), *q.stride()[:3], *k.stride()[:3],
             TQ, TK, q_start, origin, blocks, groups, tiles_m, tiles_n,
-            HQ=HQ, G=G, S=S, D=D, BD=max(triton.next_power_of_2(D), 16), QB=g, KB=r, MAX=pool == "max",
+            HQ=HQ, G=G, S=S, D=D, BD=max(next_power_of_2(D), 16), QB=g, KB=r, MAX=pool == "max",
             CAP=softcap is not None, SCATTERED=positions is not None, **tile | {"INNER": tile["INNER"] or min(S, G)},
         )  # fmt: skip
     return mass, totals.sum(0)

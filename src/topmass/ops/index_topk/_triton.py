@@ -12,7 +12,7 @@ from torch import Tensor
 from topmass.core.rule import SupportRule
 from topmass.core.support import Support
 from topmass.core.tables import block_tables
-from topmass.ops._triton_common import INTERPRETED, half_on_gpu, on_device
+from topmass.ops._triton_common import INTERPRETED, cdiv, half_on_gpu, next_power_of_2, on_device
 from topmass.ops.index_topk.reference import FLOAT8
 from topmass.ops.topk_support._triton import select_rows
 
@@ -43,7 +43,7 @@ def why_not(
         return f"rounds scores to float16, bfloat16 or float32, not {score_dtype}."
     if rule.budget is None or rule.budget.mass is not None:
         return "takes a fixed number of groups, not a mass budget or none."
-    shared = _together(rule, reduce) * triton.next_power_of_2(iq.shape[2])
+    shared = _together(rule, reduce) * next_power_of_2(iq.shape[2])
     if shared > MOST_ROWS:
         return f"supports up to {MOST_ROWS} query heads in a block, got {shared}."
     return None
@@ -154,10 +154,10 @@ def index_topk_triton(
     if wanted and B:
         pooled = torch.float32 if reduce == "mean" else score_dtype
         tile = _tile(rule, H, iq.shape[3], reduce).rows
-        per_block = triton.next_power_of_2(H) * _together(rule, reduce)
+        per_block = next_power_of_2(H) * _together(rule, reduce)
         chunks = list(_chunks(rule, q_start, q_len, B, tile=tile // per_block, size=pooled.itemsize))
         # one for all: a chunk's own would be held until the next one's is there
-        shapes = [(b.stop - b.start, rows, triton.cdiv(stop, UNIT) * UNIT) for b, _, rows, stop in chunks]
+        shapes = [(b.stop - b.start, rows, cdiv(stop, UNIT) * UNIT) for b, _, rows, stop in chunks]
         workspace = torch.empty(max(map(math.prod, shapes), default=0), dtype=pooled, device=iq.device)
         for (b, block, _, stop), shape in zip(chunks, shapes, strict=True):
             scores = workspace[: math.prod(shape)].view(shape)
@@ -184,7 +184,7 @@ def _chunks(
         return max(rule.candidates_end((q_start // g + block) * g), rule.sink_tokens // rule.granularity.kv_block + 1)
 
     def fit(groups: int) -> int:
-        return WORKSPACE_BYTES // (triton.cdiv(groups, UNIT) * UNIT * size)
+        return WORKSPACE_BYTES // (cdiv(groups, UNIT) * UNIT * size)
 
     together = min(max(fit(end_of(blocks - 1)) // tile, 1), batch)
     for b in range(0, batch, together):
@@ -217,10 +217,10 @@ GREATEST = {32: _Tile(256, 64, 4, 3), 64: _Tile(256, 64, 4, 3), 128: _Tile(256, 
 def _tile(rule: SupportRule, heads: int, dim: int, reduce: str | None) -> _Tile:
     """At least the rows of one query block, and no more keys than shared memory holds."""
     together = _together(rule, reduce)
-    bd = max(triton.next_power_of_2(dim), 32)
+    bd = max(next_power_of_2(dim), 32)
     if reduce == "max" and heads == 1 < together and bd in GREATEST:
         return GREATEST[bd]
-    rows = together * triton.next_power_of_2(heads)
+    rows = together * next_power_of_2(heads)
     tile = PLAIN if rows == 1 else REDUCED
     return tile._replace(rows=max(rows, tile.rows), keys=tile.keys if bd <= 128 else tile.keys // 2)
 
@@ -231,15 +231,15 @@ def _score(
 ) -> None:  # fmt: skip
     B, TQ, H, D = iq.shape
     g = _together(rule, reduce)
-    hp = triton.next_power_of_2(H)
+    hp = next_power_of_2(H)
     rows, keys, warps, stages = _tile(rule, H, D, reduce)
     first = rule.sink_tokens // rule.granularity.kv_block
-    grid = triton.cdiv(stop - first // keys * keys, WALK), triton.cdiv(scores.shape[1], rows // (hp * g)), B
+    grid = cdiv(stop - first // keys * keys, WALK), cdiv(scores.shape[1], rows // (hp * g)), B
     _scores_kernel[grid](
         iq, ik, stops, stops if pages is None else pages, scores, D**-0.5,
         *iq.stride()[:3], *ik.stride()[:2], 0 if pages is None else pages.stride(0),
         TQ, scores.shape[1], block, block * g - q_start % g, first, scores.shape[2] // UNIT,
-        H=H, HP=hp, G=g, D=D, BD=max(triton.next_power_of_2(D), 32), BM=rows, BN=keys, TILES=WALK // keys, MAX=reduce == "max",
+        H=H, HP=hp, G=g, D=D, BD=max(next_power_of_2(D), 32), BM=rows, BN=keys, TILES=WALK // keys, MAX=reduce == "max",
         ROUND=getattr(tl, str(score_dtype).removeprefix("torch.")),
         LARGEST=min(torch.finfo(score_dtype).max, torch.finfo(torch.float32).max), UNIT=UNIT,
         PAGE=0 if pages is None else ik.shape[1], num_warps=warps, num_stages=stages,

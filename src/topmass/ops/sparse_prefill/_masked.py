@@ -12,7 +12,7 @@ from torch import Tensor
 
 from topmass.core.support import Support
 from topmass.ops._logits import workspace
-from topmass.ops._triton_common import half_on_gpu, on_device
+from topmass.ops._triton_common import cdiv, half_on_gpu, next_power_of_2, on_device
 from topmass.ops.sparse_prefill._triton import support_elsewhere
 
 __all__ = ["sparse_prefill_masked", "why_not"]
@@ -91,13 +91,13 @@ def sparse_prefill_masked(
         return out, lse
     shared = support.groups.shape[1]
     step = max(workspace(q) // (B * shared * (support.q_start + TQ)) // 64, 1) * 64
-    bd, bdv = (max(triton.next_power_of_2(d), 16) for d in (D, DV))
+    bd, bdv = (max(next_power_of_2(d), 16) for d in (D, DV))
     for lo in range(0, TQ, step):
         part = support.rows(lo, min(lo + step, TQ))
         kv_len = part.q_start + part.q_len
         mask = part.mask(kv_len).view(torch.int8)
         qc, oc, lc = (x[:, lo : lo + step] for x in (q, out, lse))
-        _masked_kernel[(triton.cdiv(part.q_len, 64), B * HQ)](
+        _masked_kernel[(cdiv(part.q_len, 64), B * HQ)](
             qc, k, v, mask, oc, lc, qc if sinks is None else sinks.contiguous(), scale, 1.0 if softcap is None else softcap,
             *qc.stride()[:3], *k.stride()[:3], *v.stride()[:3], *oc.stride()[:3], *lc.stride()[:2], *mask.stride()[:3],
             part.q_len, kv_len, part.q_start,

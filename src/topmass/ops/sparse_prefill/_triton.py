@@ -10,7 +10,7 @@ from torch import Tensor
 
 from topmass.core.granularity import Granularity, Share
 from topmass.core.support import Support
-from topmass.ops._triton_common import half_on_gpu, on_device
+from topmass.ops._triton_common import cdiv, half_on_gpu, next_power_of_2, on_device
 from topmass.ops.tile_union import tile_union
 from topmass.ops.tile_union.reference import capacity
 
@@ -47,9 +47,9 @@ def support_elsewhere(q: Tensor, support: Support) -> str | None:
 
 def tile_for(group: int, head_dim: int, v_dim: int, q_block: int, *, device: torch.device | None = None) -> Tile:
     """Tile for `group` query heads that share K, V and selection: 128 rows where one word of membership allows."""
-    heads = triton.next_power_of_2(group) if group % 4 or group <= 4 else min(group & -group, 16)
-    tokens = max(min(128 // heads, 32 * q_block), triton.cdiv(16, heads))
-    bd = max(triton.next_power_of_2(max(head_dim, v_dim)), 16)
+    heads = next_power_of_2(group) if group % 4 or group <= 4 else min(group & -group, 16)
+    tokens = max(min(128 // heads, 32 * q_block), cdiv(16, heads))
+    bd = max(next_power_of_2(max(head_dim, v_dim)), 16)
     keys, warps, stages = WIDE[bd] if tokens * heads >= 128 and bd in WIDE else NARROW
     tile = Tile(tokens=tokens, heads=heads, keys=keys, warps=warps, stages=stages)
     if device is not None and device.type == "cuda":
@@ -273,7 +273,11 @@ def sparse_prefill_triton(
     sinks: Tensor | None,
     page_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernel as `torch.ops.topmass.sparse_prefill`; same contract as `sparse_prefill_reference`."""
+    """Run the kernel; same contract as `sparse_prefill_reference`. For whatever traces, `torch.ops.topmass.sparse_prefill`."""
+    traced = torch.compiler.is_compiling() or torch.is_grad_enabled() or type(q) is not Tensor
+    if not traced:
+        # the operator's dispatch costs the host more than the launch
+        return attend(q, k, v, support, scale=scale, softcap=softcap, sinks=sinks, page_table=page_table)
     unit = support.granularity
     return sparse_prefill_op(
         q, k, v, support.groups, support.counts, support.window_start, support.dense_len, sinks, page_table,
@@ -348,9 +352,9 @@ def _launch(
         # a union is ours to write over, a support is not
         ids = ids.clone() if words is ids else ids
         ids = place(ids, counts, page_table, k, kv_block=r, unit=unit, last=(support.q_start + TQ - 1) // r)
-    tiles = triton.cdiv(support.q_start + TQ, tile.tokens) - support.q_start // tile.tokens
-    bd, bdv = (max(triton.next_power_of_2(d), 16) for d in (D, DV))
-    _sparse_kernel[(tiles * HK * triton.cdiv(HQ // HK, tile.heads), B)](
+    tiles = cdiv(support.q_start + TQ, tile.tokens) - support.q_start // tile.tokens
+    bd, bdv = (max(next_power_of_2(d), 16) for d in (D, DV))
+    _sparse_kernel[(tiles * HK * cdiv(HQ // HK, tile.heads), B)](
         q, k, v, out, lse, ids, words, counts, support.window_start, support.dense_len, q if sinks is None else sinks,
         ids if page_table is None else page_table, scale, 1.0 if softcap is None else softcap,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *lse.stride()[:2],

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from topmass.core.support import Support
-from topmass.ops._triton_common import INTERPRETED, on_device
+from topmass.ops._triton_common import INTERPRETED, cdiv, on_device
 from topmass.ops.tile_union.reference import capacity
 from topmass.ops.tile_union.value import TileUnion
 
@@ -91,7 +91,7 @@ def _union(groups: Tensor, support: Support, tile: int) -> TileUnion:
     groups = groups if groups.stride(-1) == 1 else groups.contiguous()
     B, S, _, slots = groups.shape
     first, end = support.q_start // tile, support.q_start + support.q_len
-    tiles, N, room = triton.cdiv(end, tile) - first, triton.cdiv(end, r), capacity(support, tile)
+    tiles, N, room = cdiv(end, tile) - first, cdiv(end, r), capacity(support, tile)
     device = groups.device
     ids, out = (torch.empty(B, S, tiles, room, dtype=torch.int32, device=device) for _ in range(2))
     counts = torch.zeros(B, S, tiles, dtype=torch.int32, device=device)

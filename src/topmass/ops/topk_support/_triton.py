@@ -9,7 +9,7 @@ from torch import Tensor
 
 from topmass.core.rule import SupportRule
 from topmass.core.tables import block_tables
-from topmass.ops._triton_common import INTERPRETED, on_device
+from topmass.ops._triton_common import INTERPRETED, cdiv, next_power_of_2, on_device
 
 __all__ = ["select_rows", "topk_groups_triton", "why_not"]
 
@@ -330,7 +330,7 @@ def select_rows(
     unit = 16 if stride % 16 == 0 and scores.data_ptr() % 16 == 0 else 1
     kept, sample = _sizes(max(most - first, 1), wanted)
     warps = max(max(kept, sample) // KEYS_PER_WARP, min((most - first) // CANDIDATES_PER_WARP, 4), 1)
-    warps = min(triton.next_power_of_2(warps), 16)
+    warps = min(next_power_of_2(warps), 16)
     width = kept + max(kept, sample)
     programs = min(B * rows, max(WARPS // warps, 1), max(SCRATCH_BYTES // (4 * width), 1))
     scratch = torch.empty(programs, width, dtype=torch.int32, device=scores.device)
@@ -344,10 +344,10 @@ def select_rows(
 
 def _sizes(candidates: int, wanted: int) -> tuple[int, int]:
     """Keys kept and keys sampled, powers of two: few are kept needlessly, and hardly ever too few or too many."""
-    kept = min(max(triton.next_power_of_2(2 * wanted), 1024), MOST_KEPT)
+    kept = min(max(next_power_of_2(2 * wanted), 1024), MOST_KEPT)
     # 12 of the sample or more are expected among the wanted, if it may be that large
-    sample = min(max(triton.next_power_of_2(12 * candidates // wanted + 1), 1024), 4096)
-    step = triton.cdiv(candidates, sample)
+    sample = min(max(next_power_of_2(12 * candidates // wanted + 1), 1024), 4096)
+    step = cdiv(candidates, sample)
     expected = wanted / step
     reach = expected + 3 * expected**0.5 + 4
     while kept < MOST_KEPT and (reach + 4 * reach**0.5) * step > kept:

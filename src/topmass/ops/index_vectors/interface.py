@@ -1,0 +1,63 @@
+"""Public entry point of the op: checks, picks a backend, calls it."""
+
+import importlib.util
+
+from jaxtyping import Float
+from torch import Tensor
+
+from topmass.errors import ConfigError
+from topmass.ops import _dispatch
+from topmass.ops._triton_common import gpu_priority
+from topmass.ops.index_vectors.reference import index_vectors_reference
+
+__all__ = ["index_vectors"]
+
+_dispatch.register("index_vectors", _dispatch.KernelBackend(name="reference", fn=index_vectors_reference))
+
+# the reference must import where triton is absent
+if importlib.util.find_spec("triton"):
+    from topmass.ops.index_vectors import _triton
+
+    _dispatch.register(
+        "index_vectors",
+        _dispatch.KernelBackend(
+            name="triton", fn=_triton.index_vectors_triton, why_not=_triton.why_not, priority=gpu_priority(10)
+        ),
+    )
+
+
+def index_vectors(
+    raw: Float[Tensor, "batch groups members heads dim"],
+    weight: Float[Tensor, " dim"],
+    *,
+    eps: float,
+    cos: Float[Tensor, "#batch groups rotary"] | None = None,
+    sin: Float[Tensor, "#batch groups rotary"] | None = None,
+    backend: str = "auto",
+) -> Float[Tensor, "batch groups heads dim"]:
+    """Index keys (or queries) of groups of tokens: the mean of the raw ones, RMS norm, RoPE.
+
+    Args:
+        raw: What the indexer projected; queries are groups of one.
+        weight: Of the norm.
+        eps: Of the norm.
+        cos: Cosines of each group's position, the same in both halves; `None` without RoPE.
+        sin: Sines, likewise.
+        backend: `"auto"`, or the name of a backend; a name never falls back.
+
+    Returns:
+        In the dtype of `raw`, rounded once.
+
+    Raises:
+        ConfigError: One of the tables is missing.
+        BackendUnavailableError: No backend can run this call.
+
+    Example:
+        >>> import torch
+        >>> raw = torch.tensor([3.0, 5.0, 4.0, 4.0]).view(1, 1, 2, 1, 2)
+        >>> index_vectors(raw, torch.ones(2), eps=0.0).flatten().round(decimals=3).tolist()
+        [0.874, 1.112]
+    """
+    if (cos is None) != (sin is None):
+        raise ConfigError("RoPE takes cosines and sines: give both or neither.")
+    return _dispatch.resolve("index_vectors", backend, raw, weight, eps, cos, sin).fn(raw, weight, eps, cos, sin)
