@@ -181,10 +181,10 @@ def _prompts(config: Mapping[str, Any]) -> str:
         return f"Prompts are windows of {text}."
     rows = f", each {config['repeat']} times in a row" if config.get("repeat", 1) > 1 else ""
     if config.get("stand_in"):
-        return (
-            f"Prompts are random tokens{rows}. An untrained indexer stands in for a trained one: 32 neighbouring queries select 3 to 4 "
-            "times what one does."
-        )
+        # a tile of the kernel holds 32 queries at least
+        apart = any(block < 32 for block in config.get("q_blocks") or (1,))
+        alike = ": 32 neighbouring queries select 3 to 4 times what one does" if apart else ""
+        return f"Prompts are random tokens{rows}. An untrained indexer stands in for a trained one{alike}."
     return (
         f"Prompts are random tokens{rows}: what neighbouring queries of an indexer select there has little in common, which costs the "
         "sparse mode most."
