@@ -234,8 +234,7 @@ class Session:
             token, self._token, self._left = self._token, None, False
             self._name([NAME] * len(self._configs))
             # together, and after the layers have run: a call a layer would cost as much again
-            for layer_module, kwargs in token or ():
-                self._wait(layer_module, kwargs)
+            self._wait(token or ())
             self._write_left()
 
     def _name(self, names: Iterable[str]) -> None:
@@ -254,7 +253,8 @@ class Session:
                 self._index.extend(layer, inputs, inputs.hidden, later=True)
 
     def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kwargs = _by_name(module, args, kwargs)
+        if args:
+            kwargs = _by_name(module, args, kwargs)
         if self._token is not None:
             self._token.append((module, kwargs))
             return
@@ -268,15 +268,19 @@ class Session:
         cache = kwargs.get("past_key_values")
         return LayerInputs(hidden=kwargs["hidden_states"], cos=cos, sin=sin, cache=cache, pairs=self._family.pairs)
 
-    def _wait(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
-        """Let the generated token wait for its index key in one layer, or write the keys of all that wait there."""
-        cache = kwargs.get("past_key_values")
-        if self._index is None or cache is None:
+    def _wait(self, token: Iterable[tuple[nn.Module, dict[str, Any]]]) -> None:
+        """Let a generated token wait for its index keys in every layer, or write the keys of all that wait there."""
+        index = self._index
+        if index is None:
             return
-        layer = self._layer_of[id(module)]
-        tables = self._rope_tables(layer, module, kwargs.get("position_embeddings"))
-        if not self._index.wait(cache.layers[layer], kwargs["hidden_states"], *tables):
-            self._index.extend(layer, self._inputs(layer, module, kwargs), kwargs["hidden_states"], later=True)
+        for module, kwargs in token:
+            cache, hidden = kwargs.get("past_key_values"), kwargs["hidden_states"]
+            if cache is None:
+                continue
+            layer = self._layer_of[id(module)]
+            tables = self._rope_tables(layer, module, kwargs.get("position_embeddings"))
+            if not index.wait(cache.layers[layer], hidden, *tables):
+                index.extend(layer, self._inputs(layer, module, kwargs), hidden, later=True)
 
     def _rope_tables(self, layer: int, module: nn.Module, given: Any) -> tuple[Tensor | None, Tensor | None]:
         # the layers of a forward are given the same tables
