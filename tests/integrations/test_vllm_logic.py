@@ -1,6 +1,7 @@
 """What the vLLM plugin decides without vLLM: settings, batches, pages, receipts, and the attention of one layer."""
 
 import json
+import random
 from fractions import Fraction
 from itertools import pairwise
 
@@ -20,6 +21,7 @@ from topmass.integrations.vllm.receipts import KEPT_DENSE, Receipts
 from topmass.integrations.vllm.service import Arithmetic, Service, open_service
 from topmass.integrations.vllm.settings import Settings
 from topmass.ops import index_topk, sparse_prefill
+from topmass.ops._triton_common import INTERPRETED
 from topmass.selection.indexer import Indexer, IndexerConfig, ModelFingerprint, index_rope
 
 MODEL = ModelFingerprint(
@@ -157,6 +159,29 @@ def test_an_indexer_of_another_model_is_refused(saved, tmp_path):
 
 
 # batches
+
+
+def test_first_sparse_and_keys_read_of_shared_blocks_are_those_of_the_rule():
+    draw = random.Random(0)
+    for _ in range(60):
+        unit = Granularity(q_block=draw.choice([2, 4, 8, 16]), kv_block=draw.choice([1, 2, 4]))
+        budget = draw.choice([Budget(tokens=draw.randint(20, 60)), Budget(share=Fraction(draw.randint(1, 19), 20))])
+        settings = {"sink": draw.randint(0, 4), "window": draw.randint(1, 4), "dense_below": draw.choice([0, 37])}
+        try:
+            rule = SupportRule(budget=budget, granularity=unit, **settings)
+        except ConfigError:
+            continue
+        start, stop = draw.randint(0, 60), draw.randint(61, 130)
+        blocks = -(-stop // unit.q_block) - start // unit.q_block
+        support = topmass.ops.topk_support(
+            torch.rand(1, 1, blocks, stop // unit.kv_block), rule=rule, q_start=start, q_len=stop - start
+        )
+        sparse, dense, keys = keys_read(rule, start, stop)
+        assert (sparse, dense) == (int(support.sparse_rows().sum()), int((~support.sparse_rows()).sum()))
+        assert keys == int(support.mask(stop).sum()) // support.mask(stop).shape[1]
+        first = first_sparse(rule)
+        assert first is None or not rule.reads_all(0, first + 1)
+        assert rule.reads_all(0, 2000 if first is None else first)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -305,23 +330,23 @@ def test_receipts_that_cannot_be_written_stop_the_start(tmp_path):
 class Layer:
     """Everything that vLLM would hold of one layer and one sequence, and the same arithmetic without pages."""
 
-    def __init__(self, service, length, *, page_size=4, seed=0):
+    def __init__(self, service, length, *, page_size=4, seed=0, dtype=torch.float32):
         generator = torch.Generator().manual_seed(seed)
-        draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+        draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)  # noqa: E731
         self.service, self.length = service, length
         self.server = service.server(2)
         self.module = self.server.indexer
         self.hidden, self.q = draw(1, length, 24), draw(length, 4, 8)
         self.k, self.v = draw(length, 2, 8), draw(length, 2, 8)
         angle = torch.arange(length)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.01])
-        whole = torch.cat([angle, angle], -1)[None]
+        whole = torch.cat([angle, angle], -1)[None].to(dtype)
         self.tables = index_rope(whole.cos(), whole.sin(), self.module.config.rotary_dim)
         self.iq = self.module.project_queries(self.hidden, *self.tables)
         self.raw = self.module.project_keys(self.hidden)
         self.layout = PageLayout.fit(kv_heads=2, head_dim=8, index_dim=service.index_dim)
         n = -(-length // page_size)
         self.pages = torch.randperm(n + 3, generator=generator)[:n].int() + 1
-        self.cache = torch.full((n + 4, 2, page_size, self.layout.width), float("nan"))
+        self.cache = torch.full((n + 4, 2, page_size, self.layout.width), float("nan"), dtype=dtype)
         slots = self.pages.long()[torch.arange(length) // page_size] * page_size + torch.arange(length) % page_size
         self.opened = self.layout.open(self.cache)
         self.opened.write(self.k, self.v, self.raw[0], slots)
@@ -374,8 +399,8 @@ def test_queries_that_share_select_once_unless_they_are_cut(saved):
     service = open_service(additional(saved, budget=13, granularity={"q_block": 8}), device="d", say=said.append)
     service.check(MODEL)
     assert said == [
-        "topmass: 8 queries share a selection; where the scheduler cuts them both parts select, so that answers depend on how "
-        "prompts are cut."
+        "topmass: 8 queries share a selection; where the scheduler or a cached prefix cuts them both parts select, so that answers "
+        "depend on how prompts are cut."
     ]
     layer = Layer(service, 61)
     for cuts, same in (((0, 61), True), ((0, 24, 56, 61), True), ((0, 20, 61), False)):
@@ -402,6 +427,18 @@ def test_generated_queries_share_nothing(saved):
     receipts = service.receipts
     receipts.add(Batch(parts=(part,), sparse_decode=True))
     assert receipts.total.layers[2].keys == 13
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning:triton")
+@pytest.mark.parametrize("block", [1, 16])
+def test_receipts_name_what_chose_the_keys_and_nothing_else(saved, block):
+    settings = {"budget": 24, "granularity": {"q_block": block}, "backend": "triton"}
+    service = open_service(additional(saved, **settings), device="d")
+    layer = Layer(service, 50, dtype=torch.float16)
+    layer.attend(0, 50)
+    assert service.receipts.backends == {"triton": 1}
+    assert service.receipts.selection == {"index_topk=triton": 1}
 
 
 @pytest.mark.parametrize("block", [1, 16])

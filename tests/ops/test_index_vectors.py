@@ -61,6 +61,13 @@ def test_one_table_alone_is_refused():
         index_vectors(raw, weight, eps=EPS, cos=cos)
 
 
+def test_tables_that_do_not_fit_are_refused():
+    raw, weight, cos, sin = draw(1, 3, 1, 1, 16, 8, torch.float32)
+    for change in (lambda x: x[..., :7], lambda x: torch.cat([x, x, x], -1)):
+        with pytest.raises(ConfigError, match="as many rows and an even width"):
+            index_vectors(raw, weight, eps=EPS, cos=change(cos), sin=change(sin))
+
+
 @pytest.mark.skipif("triton" not in BACKENDS, reason="needs a GPU or Triton's interpreter")
 def test_the_kernel_refuses_what_needs_a_gradient():
     raw, weight, cos, sin = draw(1, 3, 1, 1, 16, 8, torch.float32)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import topmass
 from topmass.core.support import Support
@@ -352,6 +353,24 @@ def test_operator_is_sound(q_block: int) -> None:
     tensors = (q, k, v, s.groups, s.counts, s.window_start, s.dense_len, None, None)
 
     torch.library.opcheck(_triton.sparse_prefill_op, (*tensors, q_block, 1, "layer", 0, 1, 30, 0.4, None))
+
+
+def test_whatever_watches_sees_the_operator() -> None:
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    case, seen = Case(), []
+    q, k, v = case.tensors(DTYPES[0])
+    support = case.support()
+    with torch.no_grad():
+        plain = sparse_prefill(q, k, v, support, backend="triton")
+        with Watch():
+            watched = sparse_prefill(q, k, v, support, backend="triton")
+    assert "topmass.sparse_prefill.default" in seen
+    for one, other in zip(plain, watched, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_compiles_without_graph_breaks() -> None:

@@ -172,6 +172,19 @@ def test_a_product_that_takes_no_rows_has_one_beside_it(qwen3, engine, monkeypat
     assert one.run(*PROMPTS) == [qwen3.generate(p, **SPARSE) for p in PROMPTS]
 
 
+@pytest.mark.parametrize("joined", [True, False])
+def test_weights_that_are_loaded_again_keep_the_indexer(qwen3, engine, monkeypatch, joined):
+    from topmass.integrations.vllm import layer
+
+    if not joined:
+        monkeypatch.setattr(layer, "_join", lambda *args: False)
+    one = engine(qwen3, SPARSE)
+    expected = [qwen3.generate(p, **SPARSE) for p in PROMPTS]
+    assert one.run(*PROMPTS) == expected
+    one.llm.collective_rpc("reload_weights")
+    assert one.run(*PROMPTS) == expected
+
+
 def test_pages_hold_the_index_keys(qwen3, engine):
     one = engine(qwen3, SPARSE)
     layer = next(iter(one.layers.values()))

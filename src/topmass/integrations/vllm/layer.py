@@ -37,9 +37,13 @@ class IndexProjection(nn.Module):
     The same on every tensor-parallel rank, so that all ranks select the same keys without talking.
 
     Args:
-        linear: The product for queries, keys and values. One that is quantised or has a bias stays as it is, and a product of its own
-            gives the raw index keys and queries.
+        linear: The product for queries, keys and values. One that is quantised, offloaded or has a bias stays as it is, and a product
+            of its own gives the raw index keys and queries.
         length: Tokens of the longest sequence.
+        join: Whether `linear` may have more rows at all.
+
+    Raises:
+        ConfigError: The model's RoPE ends before the longest sequence.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class IndexProjection(nn.Module):
         device: torch.device,
         *,
         length: int,
+        join: bool = True,
     ) -> None:
         super().__init__()
         assert server.indexer is not None
@@ -66,7 +71,8 @@ class IndexProjection(nn.Module):
         self.rows = rows.shape[0]
         # in the model's dtype: rounding here is what each call would do
         weight = rows.detach().to(device, dtype)
-        self.weight = None if _join(linear, weight, self._restore_rows) else nn.Parameter(weight, requires_grad=False)
+        joined = join and _join(linear, weight, self._restore_rows)
+        self.weight = None if joined else nn.Parameter(weight, requires_grad=False)
         # before memory is measured, not when the first prompt comes; a buffer, which vLLM keeps when it sleeps
         for i, table in enumerate(_tables(rotary, config.rotary_dim, length, dtype, device)):
             self.register_buffer(f"table_{i}", table, persistent=False)
@@ -95,16 +101,21 @@ class IndexProjection(nn.Module):
         return self.layer.finish_queries(raw[None], *tables, backend=self._server[0].vectors)[0]
 
     def restore(self) -> None:
-        """Load the weights again, after vLLM filled every parameter with noise (`--load-format dummy`)."""
+        """Load the weights again, after vLLM filled every parameter with noise (`--load-format dummy`), or with nothing (sleep)."""
         rows, norms = self._weights()
-        if self.weight is not None:
+        if self.weight is not None and not self.weight.is_meta:
             self.weight.data.copy_(rows)
         for name, norm in norms.items():
-            self.layer.get_parameter(name).data.copy_(norm)
+            if not (parameter := self.layer.get_parameter(name)).is_meta:
+                parameter.data.copy_(norm)
+        if self.weight is None:
+            self._restore_rows()
 
     def _restore_rows(self) -> None:
-        # before a CPU packs them
-        self._linear[0].weight.data[-self.rows :].copy_(self._weights()[0])
+        weight = self._linear[0].weight
+        # a CPU packs what it has, and keeps no rows
+        if not weight.is_meta and weight.numel():
+            weight.data[-self.rows :].copy_(self._weights()[0])
 
     def _weights(self) -> tuple[Tensor, dict[str, Tensor]]:
         """What projects a key, then queries; and the norms by name."""
@@ -120,6 +131,10 @@ def _tables(rotary: Any, width: int, length: int, dtype: torch.dtype, device: to
     if not width:
         return ()
     kept, key = _TABLES.setdefault(rotary, {}), (width, length, dtype)
+    if (known := rotary.cos_sin_cache.shape[0]) < length:
+        raise ConfigError(
+            f"The model's RoPE ends at position {known}, and max_model_len is {length}; set it to that at most."
+        )
     if key not in kept:
         cos, sin = rotary.cos_sin_cache[:length].to(device, dtype).chunk(2, -1)
         kept[key] = index_rope(*(torch.cat([x, x], -1)[None] for x in (cos, sin)), width)
@@ -136,10 +151,14 @@ class _Joined(UnquantizedLinearMethod):
 
 def _join(linear: Any, rows: Tensor, restore: Callable[[], None]) -> bool:
     """Give a product more rows; false for one that cannot have them."""
+    weight = getattr(linear, "weight", None)
     if type(linear.quant_method) is not UnquantizedLinearMethod or linear.bias is not None:
         return False
+    # offloaded: what is on the host stays there
+    if weight is None or weight.device != rows.device or getattr(weight, "_vllm_is_uva_offloaded", False):
+        return False
     # vLLM loads its own rows by where they begin
-    linear.weight.data = torch.cat([linear.weight.data, rows])
+    weight.data = torch.cat([weight.data, rows])
     linear.quant_method.__class__ = _Joined
     linear.restore_index = restore
     return True
@@ -222,8 +241,12 @@ class IndexedModel:
         self._index_names = attach(self, vllm_config)  # pyright: ignore[reportArgumentType]
 
     def load_weights(self, weights: Any) -> set[str]:
-        # the projections are loaded; vLLM wants every parameter named
-        return super().load_weights(weights) | self._index_names  # pyright: ignore[reportAttributeAccessIssue]
+        named = super().load_weights(weights)  # pyright: ignore[reportAttributeAccessIssue]
+        # as they may have been dropped meanwhile; vLLM wants every parameter named
+        for module in self.modules():  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(module, IndexProjection):
+                module.restore()
+        return named | self._index_names
 
 
 def attach(model: Any, vllm_config: VllmConfig) -> set[str]:
@@ -262,6 +285,8 @@ def attach(model: Any, vllm_config: VllmConfig) -> set[str]:
                 model_config.dtype,
                 device,
                 length=model_config.max_model_len,
+                # adapters may add to the columns that they know of only
+                join=vllm_config.lora_config is None,
             )
         module.__class__ = model.swaps[type(module)]
         attn.__class__ = IndexedAttention

@@ -94,7 +94,7 @@ class LayerServer:
         out: list[Tensor] = []
         for lo, hi in split_queries(part.start, q.shape[0], step):
             stop = part.start + hi
-            with _dispatch.record() as chosen:
+            with _dispatch.record() as selection:
                 support = index_topk(
                     iq[None, lo:hi],
                     ik[:, : stop // config.kv_block],
@@ -108,6 +108,7 @@ class LayerServer:
                     score_dtype=getattr(torch, config.score_dtype),
                     backend=_dispatch.known_or_auto("index_topk", self._backend),
                 )
+            with _dispatch.record() as attention:
                 part_out, _ = sparse_prefill(
                     q[None, lo:hi],
                     pages.keys,
@@ -118,7 +119,7 @@ class LayerServer:
                     **arithmetic.settings(),
                 )
             out.append(part_out[0])
-            self._receipts.ran(chosen.pop("sparse_prefill"), chosen)
+            self._receipts.ran(attention["sparse_prefill"], selection)
         return out[0] if len(out) == 1 else torch.cat(out)
 
 
@@ -184,8 +185,8 @@ class Service:
                 )
         if (block := self.selector.granularity.q_block) > 1:
             self.tell(
-                f"topmass: {block} queries share a selection; where the scheduler cuts them both parts select, so that answers "
-                "depend on how prompts are cut."
+                f"topmass: {block} queries share a selection; where the scheduler or a cached prefix cuts them both parts select, "
+                "so that answers depend on how prompts are cut."
             )
         if reason := info.fingerprint.doubt(model):
             self.tell(

@@ -49,7 +49,7 @@ def index_vectors(
         In the dtype of `raw`, rounded once.
 
     Raises:
-        ConfigError: One of the tables is missing.
+        ConfigError: One of the tables is missing, or they do not fit the groups.
         BackendUnavailableError: No backend can run this call.
 
     Example:
@@ -60,4 +60,12 @@ def index_vectors(
     """
     if (cos is None) != (sin is None):
         raise ConfigError("RoPE takes cosines and sines: give both or neither.")
+    if cos is not None and sin is not None:
+        rows, width = cos.shape[1:]
+        # a kernel would read past them
+        if cos.shape != sin.shape or rows != raw.shape[1] or width % 2 or width > raw.shape[-1]:
+            raise ConfigError(
+                f"RoPE tables of {raw.shape[1]} groups of {raw.shape[-1]} dimensions have as many rows and an even width of at most "
+                f"that, got {tuple(cos.shape)} and {tuple(sin.shape)}."
+            )
     return _dispatch.resolve("index_vectors", backend, raw, weight, eps, cos, sin).fn(raw, weight, eps, cos, sin)

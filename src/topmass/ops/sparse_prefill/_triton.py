@@ -274,8 +274,8 @@ def sparse_prefill_triton(
     page_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel; same contract as `sparse_prefill_reference`. For whatever traces, `torch.ops.topmass.sparse_prefill`."""
-    traced = torch.compiler.is_compiling() or torch.is_grad_enabled() or type(q) is not Tensor
-    if not traced:
+    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(q) is not Tensor
+    if not (watched or torch.is_grad_enabled()):
         # the operator's dispatch costs the host more than the launch
         return attend(q, k, v, support, scale=scale, softcap=softcap, sinks=sinks, page_table=page_table)
     unit = support.granularity
