@@ -7,6 +7,8 @@ where none is given. The last eight tiles of a prompt are counted. It is what a 
 decides its time.
 """
 
+import argparse
+
 import torch
 
 import topmass
@@ -42,6 +44,7 @@ def growth(layer: LayerIndexer, length: int) -> float:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(f"budget {BUDGET}, groups of {KV_BLOCK}, tiles of {TILE} queries")
     for length in (16384, 32768, 65536, 131072):
         parts = []

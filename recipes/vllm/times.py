@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from typing import Any
 
 from topmass.bench.serve import ServeSetting, bench_serve
 from topmass.bench.serve_models import prepare
+from topmass.errors import TopmassError
 from topmass.results import Run, finish_partial, make_manifest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -112,4 +114,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except TopmassError as error:
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -11,7 +11,7 @@ from topmass.bench.serve_engines import Answers, Engine, Launch, open_engine, ti
 from topmass.bench.serve_models import prepare, untrained_indexer, vocabulary_of, write_shape
 from topmass.bench.serve_worker import drive
 from topmass.cli import main
-from topmass.errors import ConfigError
+from topmass.errors import ConfigError, DataError, TopmassError
 from topmass.integrations.transformers.reference import REFERENCE
 from topmass.report import serve as report
 from topmass.report.serve import ServeTable, answers, line
@@ -170,6 +170,9 @@ def test_a_text_needs_a_model_with_words(tmp_path: Path) -> None:
     assert any("no tokenizer, so prompts are random" in line for line in said)
     with pytest.raises(ConfigError, match="The shape tiny has no words"):
         prepare("tiny", setting, tmp_path, text=text)
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(DataError, match=r"empty\.txt is empty"):
+        prepare("reference", setting, tmp_path, text=tmp_path / "empty.txt")
     with pytest.raises(ConfigError, match="cannot be read as UTF-8 text"):
         prepare("reference", setting, tmp_path, text=tmp_path / "nowhere.txt")
 
@@ -185,6 +188,9 @@ def test_a_text_needs_a_model_with_words(tmp_path: Path) -> None:
         ({"rates": (float("nan"),)}, "Rates must be at least 0"),
         ({"shared": 1.0}, "below 1"),
         ({}, "needs an indexer and a budget"),
+        ({"modes": ("dense",), "q_blocks": (32,)}, "no mode is sparse"),
+        ({"modes": ("dense",), "engine": {"additional_config": 3}}, "additional_config must be a JSON object, got 3"),
+        ({"modes": ("dense",), "engine": {"attention_config": "x"}}, "attention_config must be a JSON object"),
     ],
 )
 def test_wrong_settings_are_refused(given: dict, words: str) -> None:
@@ -192,10 +198,28 @@ def test_wrong_settings_are_refused(given: dict, words: str) -> None:
         ServeSetting(**given)
 
 
+@pytest.mark.parametrize(
+    ("sparse", "indexer", "words"),
+    [
+        ({"budget": "abc"}, None, "Cannot read the budget 'abc'"),
+        ({"budget": 8, "dense_below": -1}, None, "dense_below must be a whole number"),
+        ({"config": "missing.toml"}, None, "Cannot read the settings missing.toml"),
+        ({"budget": 8}, "nosuch", "There is no indexer at nosuch"),
+        ({"budget": 8}, "reference", "belongs to another model"),
+    ],
+)
+def test_what_a_sparse_engine_would_refuse_is_refused_before_any_starts(
+    tmp_path: Path, sparse: dict, indexer: str | None, words: str
+) -> None:
+    setting = ServeSetting(lengths=(64,), sparse=sparse)
+    with pytest.raises(TopmassError, match=words):
+        prepare("tiny", setting, tmp_path, indexer=indexer, say=lambda line: None)
+
+
 def test_without_vllm_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     # the folder of its tests would pass for it
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'topmass\[vllm\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[vllm\]'"):
         open_engine("offline", LAUNCH, {})
 
 

@@ -15,7 +15,7 @@ from topmass.errors import ConfigError
 from topmass.results import Run
 from topmass.results.schema import SERVE_METRICS
 
-__all__ = ["Load", "Mode", "ServeSetting", "bench_serve", "make_load"]
+__all__ = ["Load", "Mode", "ServeSetting", "bench_serve", "make_load", "sparse_table"]
 
 Mode = Literal["dense", "sparse", "floor"]
 Progress = Callable[[int, int, str], None]
@@ -74,6 +74,11 @@ class ServeSetting:
             raise ConfigError("The sparse mode needs an indexer and a budget; give them, or leave the mode out.")
         for block in self.q_blocks:
             Granularity(q_block=block)
+        if self.q_blocks and "sparse" not in self.modes:
+            raise ConfigError("q_blocks are of sparse engines, and no mode is sparse; leave one of the two out.")
+        for name in ("additional_config", "attention_config"):
+            if not isinstance(value := self.engine.get(name, {}), Mapping):
+                raise ConfigError(f"The engine's {name} must be a JSON object, got {value!r}.")
 
     @property
     def engines(self) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -167,7 +172,7 @@ def bench_serve(
         progress: Called with done, total and what is next.
 
     Raises:
-        ConfigError: vLLM is missing, or an engine did not start.
+        ConfigError: vLLM is missing, the text is too short, or an engine did not start.
     """
     cases = [(d, n, float(r)) for d in dict.fromkeys(setting.drivers) for n in dict.fromkeys(setting.lengths) for r in dict.fromkeys(setting.rates)]  # fmt: skip
     cases = [case for case in cases if run is None or not run.done(case)]
@@ -175,6 +180,7 @@ def bench_serve(
     groups = [tuple(setting.engines)]
     if not setting.interleave:
         groups = [(mode,) for mode in groups[0]]
+    loads = {case: make_load(setting, launch.vocabulary, *case[1:], text=launch.text) for case in cases}
     total, done = len(cases) * len(groups), 0
     rows: list[dict[str, Any]] = []
     for driver in dict.fromkeys(d for d, _, _ in cases):
@@ -188,8 +194,7 @@ def bench_serve(
                 for case in (c for c in cases if c[0] == driver):
                     if progress is not None:
                         progress(done, total, f"{driver}, {case[1]} tokens, {case[2]:g} requests/s")
-                    load = make_load(setting, launch.vocabulary, *case[1:], text=launch.text)
-                    kept[case] += _measure(engines, load, case, launch.vocabulary, setting)
+                    kept[case] += _measure(engines, loads[case], case, launch.vocabulary, setting)
                     done += 1
                     if {row["mode"] for row in kept[case]} == set(setting.engines):
                         rows += kept[case]
@@ -207,11 +212,16 @@ def _open(driver: str, name: str, launch: Launch, setting: ServeSetting) -> Engi
     extra = dict(options.pop("additional_config", {}))
     mode, table = setting.engines[name]
     if mode == "sparse":
-        extra["topmass"] = {**({"indexer": launch.indexer} if launch.indexer else {}), **table}
+        extra["topmass"] = sparse_table(launch.indexer, table)
         options["attention_config"] = {**options.get("attention_config", {}), "backend": "CUSTOM"}
     elif mode == "floor":
         extra["topmass_floor"] = True
     return open_engine(driver, launch, {**options, "additional_config": extra})
+
+
+def sparse_table(indexer: str, table: Mapping[str, Any]) -> dict[str, Any]:
+    """The table `topmass` of `--additional-config`: an engine's, with the indexer if one was given."""
+    return {**({"indexer": indexer} if indexer else {}), **table}
 
 
 def _measure(

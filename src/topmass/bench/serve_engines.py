@@ -172,6 +172,16 @@ class Engine:
         self.close()
 
 
+def check_vllm() -> None:
+    """Refuse an environment without vLLM.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError("There is no vLLM here to be timed; in a clone of topmass: pip install '.[vllm]'.")
+
+
 def open_engine(driver: str, launch: Launch, options: Mapping[str, Any]) -> Engine:
     """Start an engine and wait until it is ready.
 
@@ -181,8 +191,8 @@ def open_engine(driver: str, launch: Launch, options: Mapping[str, Any]) -> Engi
     Raises:
         ConfigError: There is no vLLM, or the engine did not start.
     """
-    if launch.python == sys.executable and importlib.util.find_spec("vllm") is None:
-        raise ConfigError("There is no vLLM here to be timed; pip install 'topmass[vllm]'.")
+    if launch.python == sys.executable:
+        check_vllm()
     given = {**launch.options, **options}
     return (OfflineEngine if driver == "offline" else Server)(launch, given)
 

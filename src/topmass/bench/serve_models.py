@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from topmass.bench.models import MODELS, POSITIONS, is_shape
-from topmass.bench.serve import ServeSetting
+from topmass.bench.serve import ServeSetting, sparse_table
 from topmass.bench.serve_engines import Launch
 from topmass.bench.stress import stress_indexer
 from topmass.errors import ConfigError, DataError
 from topmass.integrations.transformers.load import load_tokenizer
 from topmass.integrations.transformers.reference import REFERENCE
+from topmass.integrations.vllm.service import open_service
 from topmass.selection.indexer import Indexer, IndexerConfig, ModelFingerprint, rotary_width
 
 __all__ = ["prepare", "read_tokens", "untrained_indexer", "vocabulary_of", "write_shape"]
@@ -47,8 +48,8 @@ def prepare(
         say: Called with what people should know.
 
     Raises:
-        ConfigError: There is no such model, or no such text.
-        DataError: The model has no tokenizer for the text.
+        ConfigError: There is no such model or text, a sparse engine's settings are wrong, or the indexer does not fit the model.
+        DataError: The model has no tokenizer for the text, the text is empty, or the indexer is missing or damaged.
     """
     options: dict[str, Any] = {}
     if shape := is_shape(model):
@@ -72,6 +73,13 @@ def prepare(
         )
         say(f"no indexer was given: an untrained one is served, {alike}")
         indexer = str(untrained_indexer(where, folder / "indexer", dim=dim, kv_block=kv_block, stress=shape))
+    for mode, table in setting.engines.values():
+        if mode == "sparse":
+            # as its engine will, which starts after others
+            given = {"topmass": sparse_table(indexer or "", table)}
+            service = open_service(given, device=device, keep=False)
+            assert service is not None
+            service.check(_fingerprint(_text(where)))
     if shape and text is not None:
         raise ConfigError(f"The shape {model} has no words to read {text} with; name a model, or leave the text out.")
     ids = [] if shape else _needles(where, max(setting.lengths), say) if text is None else read_tokens(where, text)
@@ -152,13 +160,15 @@ def read_tokens(model: str | Path, text: Path) -> list[int]:
 
     Raises:
         ConfigError: The file cannot be read.
-        DataError: The model has no tokenizer.
+        DataError: The model has no tokenizer, or the text no token.
     """
     try:
         words = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{text} cannot be read as UTF-8 text: {error}.") from error
-    return load_tokenizer(str(model))(words, add_special_tokens=False)["input_ids"]
+    if not (found := load_tokenizer(str(model))(words, add_special_tokens=False)["input_ids"]):
+        raise DataError(f"{text} is empty; give a text of at least one token.")
+    return found
 
 
 def _needles(model: Path, length: int, say: Callable[[str], Any]) -> list[int]:
@@ -174,16 +184,19 @@ def _needles(model: Path, length: int, say: Callable[[str], Any]) -> list[int]:
     return tokenizer(sample.context, add_special_tokens=False)["input_ids"]
 
 
+def _fingerprint(text: Any) -> ModelFingerprint:
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    return ModelFingerprint.from_config(text, tuple(i for i, kind in enumerate(kinds) if kind == "full_attention"))
+
+
 def untrained_indexer(
     model: str | Path, folder: Path, *, dim: int = 64, kv_block: int = 1, stress: bool = False
 ) -> Path:
     """Save an untrained indexer for a model, a `stress_indexer` for one with random weights."""
     text = _text(model)
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-    full = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
-    fingerprint = ModelFingerprint.from_config(text, full)
+    fingerprint = _fingerprint(text)
     width = min(rotary_width(fingerprint), dim // 2 * 2)
     config = IndexerConfig(hidden_size=text.hidden_size, dim=dim, rotary_dim=width, kv_block=kv_block)
     make = stress_indexer if stress else Indexer.create
-    make(dict.fromkeys(full, config), fingerprint).save(folder)
+    make(dict.fromkeys(fingerprint.full_layers, config), fingerprint).save(folder)
     return folder

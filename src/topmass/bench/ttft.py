@@ -6,6 +6,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,6 +19,7 @@ from topmass.bench.stress import stress_indexer
 from topmass.bench.timing import rotation
 from topmass.bench.ttft_clock import prefill, time_prompt
 from topmass.bench.ttft_gate import GATE, SINK, check_mode
+from topmass.core.budget import Budget
 from topmass.core.granularity import Granularity
 from topmass.errors import ConfigError
 from topmass.eval.settings import Infeasible, columns, label
@@ -86,6 +88,10 @@ class Setting:
         for kind in self.selectors:
             if kind not in get_args(Kind):
                 raise ConfigError(f"Selectors to time are {', '.join(get_args(Kind))}; got {kind!r}.")
+        for budget in self.budgets:
+            Budget.parse(budget)
+        for g, r in product(self.q_blocks or (1,), self.kv_blocks or (1,)):
+            Granularity(q_block=g, kv_block=r)
         if self.chunk and (wrong := [g for g in self.q_blocks if self.chunk % g]):
             raise ConfigError(f"chunk={self.chunk} splits query blocks of {wrong[0]}; give a multiple of it.")
 

@@ -76,6 +76,10 @@ def audit(
     out = out or run_name("audit", model)
     check_free(out, overwrite=options.overwrite)
     _check_plan(plan, mass)
+    _units(settings)
+    for path in settings.text:
+        if not path.is_file():
+            raise DataError(f"Cannot read {path}: there is no such file; give a UTF-8 text file.")
     result = run_audit(*load(model, options.dtype, options.device), settings, out=out, overwrite=options.overwrite)
     budgets = result.plan(mass=mass)
     if plan is not None:
@@ -112,12 +116,7 @@ def run_audit(
     import topmass
     from topmass.results import load_run
 
-    granularities = [
-        topmass.Granularity(q_block=q, kv_block=k, share=settings.share)
-        for q in settings.q_blocks
-        for k in settings.kv_blocks
-    ]
-    budgets = [topmass.Budget.parse(b) for b in settings.budgets]
+    budgets, granularities = _units(settings)
     texts = _texts(model, tokenizer, settings)
     path = write_run(
         "audit",
@@ -140,6 +139,18 @@ def run_audit(
         reuse=reuse,
     )
     return topmass.AuditResult(records=load_run(path).records)
+
+
+def _units(settings: AuditConfig) -> tuple[list[Any], list[Any]]:
+    """Budgets and granularities."""
+    import topmass
+
+    granularities = [
+        topmass.Granularity(q_block=q, kv_block=k, share=settings.share)
+        for q in settings.q_blocks
+        for k in settings.kv_blocks
+    ]
+    return [topmass.Budget.parse(b) for b in settings.budgets], granularities
 
 
 def _texts(model: Any, tokenizer: Any, settings: AuditConfig) -> list[list[int]]:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cyclopts import Parameter
 
-from topmass.cli._common import DType, emit, load, print_table, run_name, say, write_run
+from topmass.cli._common import DType, check_backend, emit, load, print_table, run_name, say, write_run
 from topmass.errors import ConfigError
+from topmass.results import check_free
 
 if TYPE_CHECKING:
     from topmass.report.frontier import Frontier
@@ -220,6 +221,9 @@ def ttft(
     which = {name: given.pop(name) for name in ("lengths", "batch", "indexer", "seed")}
     # before anything is loaded
     bench.Setting(**given)
+    check_backend(settings.backend)
+    out = out or run_name("ttft", model)
+    check_free(out, overwrite=overwrite)
     indexers = {name: named_indexer(name) for name in dict.fromkeys(which["indexer"])}
     loaded, prompts, facts = _model(model, dtype, device, which["seed"])
     stress = facts["weights_hash"] is None
@@ -228,7 +232,7 @@ def ttft(
         say("random weights: stress rows, which say nothing of quality")
     path = write_run(
         "ttft",
-        out or run_name("ttft", model),
+        out,
         asdict(settings)
         | {
             "weights": "random" if stress else "checkpoint",

@@ -31,11 +31,11 @@ class ServeConfig:
         text: UTF-8 file that prompts are windows of; default text of the needle task, and random tokens for a shape.
         modes: The engine as it is, with the indexer, and with attention replaced by a copy of the values.
         drivers: The engine alone, and the OpenAI-compatible server.
-        indexer: Directory of an indexer, or `reference`; default an untrained one that stands in for it.
+        indexer: Directory of an indexer, or `reference`; default that of `--serve`, else an untrained one that stands in for it.
         budget: Keys per query: tokens, `5%`, or `mass:0.95<=4096`.
         dense_below: Positions up to this length attend densely.
-        q_blocks: Queries that share a selection: a sparse engine for each; default one engine, which selects per query.
-        serve: A file that `topmass frontier --toml` wrote, or one with the plugin's settings, in the place of these three.
+        q_blocks: Queries that share a selection: a sparse engine for each; default one engine, as `--serve` says, else per query.
+        serve: A file that `topmass frontier` wrote, or one with the plugin's settings, in the place of a budget and `--dense-below`.
         dim: Width of an untrained indexer's queries and keys.
         kv_block: Keys that an untrained indexer takes together.
         one_by_one: One mode's engine at a time, where the memory does not hold all of them.
@@ -87,11 +87,15 @@ def serve(
         config: Recipe (TOML) with a table `[bench.serve]`.
     """
     from topmass.bench.serve import bench_serve
+    from topmass.bench.serve_engines import check_vllm
     from topmass.bench.serve_models import prepare
     from topmass.report.serve import ServeTable
-    from topmass.results import load_run
+    from topmass.results import check_free, load_run
 
     setting = setting_of(settings)
+    out = out or run_name("serve", model)
+    check_free(out, overwrite=overwrite)
+    check_vllm()
     with tempfile.TemporaryDirectory(prefix="topmass-serve-") as folder:
         launch, facts = prepare(
             model,
@@ -105,7 +109,7 @@ def serve(
         )
         path = write_run(
             "serve",
-            out or run_name("serve", model),
+            out,
             asdict(settings)
             | {
                 "serve": str(settings.serve or ""),
@@ -140,6 +144,7 @@ def setting_of(settings: ServeConfig) -> Any:
         raise ConfigError(f"--engine is not JSON: {error}.") from error
     if not isinstance(engine, dict):
         raise ConfigError(f"--engine must be a JSON object of the engine's arguments, got {settings.engine}.")
+    _check_alone(settings)
     if settings.serve is not None:
         sparse: dict[str, Any] = {"config": str(settings.serve)}
     else:
@@ -158,6 +163,24 @@ def setting_of(settings: ServeConfig) -> Any:
         engine=engine,
         seed=settings.seed,
     )
+
+
+def _check_alone(settings: ServeConfig) -> None:
+    """Refuse what would be ignored."""
+
+    def given(*names: str) -> list[str]:
+        return [f"--{n.replace('_', '-')}" for n in names if getattr(settings, n) != getattr(DEFAULTS, n)]
+
+    if "sparse" not in settings.modes and (
+        found := given("indexer", "budget", "dense_below", "serve", "dim", "kv_block")
+    ):
+        raise ConfigError(f"{found[0]} is of sparse engines, and no mode is sparse; leave one of the two out.")
+    if settings.serve is not None and (found := given("budget", "dense_below")):
+        raise ConfigError(f"{found[0]} and --serve exclude each other: the file says it; leave one out.")
+    if (settings.indexer or settings.serve) and (found := given("dim", "kv_block")):
+        raise ConfigError(
+            f"{found[0]} is of an untrained indexer, and another one was given; leave one of the two out."
+        )
 
 
 def _show(case: "ServeCase") -> None:

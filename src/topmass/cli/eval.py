@@ -103,7 +103,11 @@ def evaluate(
         model: `reference`, a directory, or a hub id.
         out: Run directory; default `runs/eval-MODEL`.
     """
+    from topmass.eval.tasks import get_task
+
     selectors(settings)  # complain before loading
+    for task in settings.tasks:
+        get_task(task)
     check_backend(settings.backend)
     out = out or run_name("eval", model)
     check_free(out, overwrite=options.overwrite)

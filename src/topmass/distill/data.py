@@ -262,7 +262,7 @@ def _parquet(path: Path, field: str) -> list[str]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise DataError("Parquet files need pyarrow: install topmass[eval].") from error
+        raise DataError("Parquet files need pyarrow: pip install pyarrow.") from error
     try:
         file = pq.ParquetFile(path)
         names = file.schema_arrow.names

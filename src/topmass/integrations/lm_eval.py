@@ -28,7 +28,8 @@ except ModuleNotFoundError as error:
     if error.name is None or error.name.partition(".")[0] != "lm_eval":
         raise
     raise ModuleNotFoundError(
-        "topmass.integrations.lm_eval needs lm-evaluation-harness: pip install 'topmass[lm-eval]'", name="lm_eval"
+        "topmass.integrations.lm_eval needs lm-evaluation-harness: in a clone of topmass, pip install '.[lm-eval]'",
+        name="lm_eval",
     ) from error
 
 __all__ = ["TopmassLM", "main"]

@@ -136,7 +136,9 @@ def find_frontier(runs: Sequence[LoadedRun], *, batch: int | None = None, chunk:
     timed = [run for run in runs if run.kind == "ttft"]
     evals = [run for run in runs if run.kind == "eval"]
     if not timed:
-        raise RunError("A frontier needs times: give a run of `topmass bench ttft` beside the evaluations.")
+        raise RunError(
+            "A frontier needs times in transformers: give a run of `topmass bench ttft` beside the evaluations."
+        )
     _check_same(timed, evals)
     table = TtftTable(timed)
     lines = [(b, c) for b, c in table.lines if batch in (None, b) and chunk in (None, c)]

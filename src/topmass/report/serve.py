@@ -185,9 +185,11 @@ def _prompts(config: Mapping[str, Any]) -> str:
         apart = any(block < 32 for block in config.get("q_blocks") or (1,))
         alike = ": 32 neighbouring queries select 3 to 4 times what one does" if apart else ""
         return f"Prompts are random tokens{rows}. An untrained indexer stands in for a trained one{alike}."
+    if rows:
+        return f"Prompts are random tokens{rows}, and the indexer is untrained: how alike neighbouring queries select is not known."
     return (
-        f"Prompts are random tokens{rows}: what neighbouring queries of an indexer select there has little in common, which costs the "
-        "sparse mode most."
+        "Prompts are random tokens: what neighbouring queries of an indexer select there has little in common, which costs the sparse "
+        "mode most."
     )
 
 
