@@ -25,7 +25,7 @@ def test_says_what_to_install() -> None:
     try:
         import lm_eval  # noqa: F401
     except ModuleNotFoundError:
-        with pytest.raises(ModuleNotFoundError, match=r"pip install 'topmass\[lm-eval\]'"):
+        with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[lm-eval\]'"):
             import topmass.integrations.lm_eval  # noqa: F401
     else:
         pytest.skip("lm-evaluation-harness is installed")

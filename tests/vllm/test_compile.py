@@ -13,16 +13,16 @@ PROMPTS = [prompt(n, seed) for seed, n in enumerate((300, 129, 40))]
 SPARSE = {"budget": 48, "sink": 2, "window": 4}
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
-def test_traced_layers_select_as_eager_ones(tmp_path, family):
-    # in a process without the checks of shapes, which cannot be traced; graphs as traced, without the C++ of Inductor
-    asked = {"VLLM_CPU_CI_ENV": "1", "VLLM_DISABLE_COMPILE_CACHE": "1"}
+@pytest.mark.parametrize(("family", "backend"), [("qwen3", "eager"), ("llama", "eager"), ("qwen3", "inductor")])
+def test_traced_layers_select_as_eager_ones(tmp_path, family, backend):
+    # in a process without the checks of shapes, which cannot be traced; graphs as traced, or compiled to C++
+    asked = {"VLLM_CPU_CI_ENV": "1" if backend == "eager" else "0", "VLLM_DISABLE_COMPILE_CACHE": "1"}
     command = [sys.executable, __file__, str(tmp_path), family]
     done = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["modes"][0].startswith("none")
-    assert found["modes"][1] == "dynamo_trace_once eager"
+    assert found["modes"][1] == f"dynamo_trace_once {backend}"
     assert found["tokens"][0] == found["tokens"][1]
     assert found["sparse"] == [(300 - 48) + (129 - 48)] * 2
 

@@ -40,7 +40,8 @@ def register(op: str, backend: KernelBackend) -> None:
     table = _BACKENDS.setdefault(op, {})
     if backend.name in table:
         raise ValueError(f"Kernel backend {backend.name!r} of op {op!r} is already registered.")
-    table[backend.name] = backend
+    # in the order in which `auto` tries them
+    _BACKENDS[op] = dict(sorted([*table.items(), (backend.name, backend)], key=lambda item: -item[1].priority))
 
 
 def ops() -> tuple[str, ...]:
@@ -50,7 +51,7 @@ def ops() -> tuple[str, ...]:
 
 def available(op: str) -> tuple[str, ...]:
     """Names of the backends of `op`, in the order `"auto"` tries them."""
-    return tuple(b.name for b in sorted(_BACKENDS[op].values(), key=lambda b: -b.priority))
+    return tuple(_BACKENDS[op])
 
 
 def known(op: str, name: str) -> KernelBackend:

@@ -1,6 +1,7 @@
 """Public entry point of the op: checks, picks a backend, calls it."""
 
 import importlib.util
+from contextlib import nullcontext
 from typing import Literal, get_args
 
 import torch
@@ -108,7 +109,8 @@ def index_topk(
     }
     impl = _dispatch.resolve("index_topk", backend, iq, ik, **kwargs)
     # autocast would run float32 products in half precision
-    with torch.autocast(iq.device.type, enabled=False):
+    on = torch.is_autocast_enabled(iq.device.type)
+    with torch.autocast(iq.device.type, enabled=False) if on else nullcontext():
         if averaged:
             iq = mean_queries(iq, q_block=granularity.q_block, q_start=q_start)
         return impl.fn(iq, ik, **kwargs)
