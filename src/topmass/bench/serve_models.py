@@ -79,7 +79,7 @@ def prepare(
             given = {"topmass": sparse_table(indexer or "", table)}
             service = open_service(given, device=device, keep=False)
             assert service is not None
-            service.check(_fingerprint(_text(where)))
+            service.check(ModelFingerprint.from_config(_text(where)))
     if shape and text is not None:
         raise ConfigError(f"The shape {model} has no words to read {text} with; name a model, or leave the text out.")
     ids = [] if shape else _needles(where, max(setting.lengths), say) if text is None else read_tokens(where, text)
@@ -184,17 +184,12 @@ def _needles(model: Path, length: int, say: Callable[[str], Any]) -> list[int]:
     return tokenizer(sample.context, add_special_tokens=False)["input_ids"]
 
 
-def _fingerprint(text: Any) -> ModelFingerprint:
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-    return ModelFingerprint.from_config(text, tuple(i for i, kind in enumerate(kinds) if kind == "full_attention"))
-
-
 def untrained_indexer(
     model: str | Path, folder: Path, *, dim: int = 64, kv_block: int = 1, stress: bool = False
 ) -> Path:
     """Save an untrained indexer for a model, a `stress_indexer` for one with random weights."""
     text = _text(model)
-    fingerprint = _fingerprint(text)
+    fingerprint = ModelFingerprint.from_config(text)
     width = min(rotary_width(fingerprint), dim // 2 * 2)
     config = IndexerConfig(hidden_size=text.hidden_size, dim=dim, rotary_dim=width, kv_block=kv_block)
     make = stress_indexer if stress else Indexer.create

@@ -213,6 +213,7 @@ def ttft(
         config: Recipe (TOML) with a table `[bench.ttft]`.
     """
     from topmass.bench import ttft as bench
+    from topmass.bench.models import is_shape
     from topmass.report.frontier import find_frontier
     from topmass.results import load_run
     from topmass.selection.indexer import named_indexer
@@ -220,14 +221,13 @@ def ttft(
     given = asdict(settings)
     which = {name: given.pop(name) for name in ("lengths", "batch", "indexer", "seed")}
     # before anything is loaded
-    bench.Setting(**given)
+    stress = is_shape(model)
+    setting = bench.Setting(**given, random_weights=stress)
     check_backend(settings.backend)
     out = out or run_name("ttft", model)
     check_free(out, overwrite=overwrite)
     indexers = {name: named_indexer(name) for name in dict.fromkeys(which["indexer"])}
     loaded, prompts, facts = _model(model, dtype, device, which["seed"])
-    stress = facts["weights_hash"] is None
-    setting = bench.Setting(**given, random_weights=stress)
     if stress:
         say("random weights: stress rows, which say nothing of quality")
     path = write_run(

@@ -110,6 +110,8 @@ class Support:
 
     def rows(self, start: int, stop: int) -> "Support":
         """The part for the queries `start ... stop - 1` of this support."""
+        if (start, stop) == (0, self.q_len):
+            return self
         g = self.granularity.q_block
         lo = (self.q_start + start) // g - self.q_start // g
         hi = -(-(self.q_start + stop) // g) - self.q_start // g

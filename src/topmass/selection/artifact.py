@@ -116,14 +116,19 @@ class ModelFingerprint:
     weights: str = ""
 
     @classmethod
-    def from_config(cls, config: Any, full_layers: Iterable[int], *, weights: str = "") -> "ModelFingerprint":
+    def from_config(
+        cls, config: Any, full_layers: Iterable[int] | None = None, *, weights: str = ""
+    ) -> "ModelFingerprint":
         """Fingerprint of a model from its text configuration, in the names that Hugging Face's configurations use.
 
         Args:
             config: The text configuration, as an object with attributes.
-            full_layers: Indices of the full-attention layers.
+            full_layers: Indices of the full-attention layers. `None` takes those of the configuration's `layer_types`, all without.
             weights: Digest of a few attention weights.
         """
+        if full_layers is None:
+            kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+            full_layers = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
         rope = getattr(config, "rope_parameters", None) or {}
         # families with sliding windows keep one set of parameters per kind of layer
         rope = rope.get("full_attention", rope)

@@ -32,7 +32,7 @@ class IndexProjection(nn.Module):
     """Raw index keys and queries of tokens from the input of their attention layer, and what makes them complete.
 
     Raw ones come out of the layer's own product for queries, keys and values, whose weights get rows for them, so that a token costs no
-    product more. Norm and RoPE, and the mean over a group of keys, wait until a prompt reads them: a generated token never does.
+    product more. Norm and RoPE, and the mean over a group of keys, wait until they are read: a generated token never does where decoding is dense.
 
     The same on every tensor-parallel rank, so that all ranks select the same keys without talking.
 
@@ -92,12 +92,12 @@ class IndexProjection(nn.Module):
 
     def keys(self, raw: Tensor) -> Tensor:
         """Index keys of the complete groups of a sequence, from the raw ones of its tokens."""
-        tables = (x[:, : raw.shape[0]] for x in self.buffers())
+        tables = (x[:, : raw.shape[0]] for x in self._buffers.values())
         return self.layer.finish_keys(raw[None], *tables, backend=self._server[0].vectors)[0]
 
     def queries(self, raw: Tensor, start: int) -> Tensor:
         """Index queries per head of the tokens at `start` and after it."""
-        tables = (x[:, start : start + raw.shape[0]] for x in self.buffers())
+        tables = (x[:, start : start + raw.shape[0]] for x in self._buffers.values())
         return self.layer.finish_queries(raw[None], *tables, backend=self._server[0].vectors)[0]
 
     def restore(self) -> None:

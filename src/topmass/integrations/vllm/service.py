@@ -62,7 +62,7 @@ class LayerServer:
         self.rule = selector.rule(layer)
         self.threshold = _threshold(self.rule)
         self.indexer: LayerIndexer | None = selector.indexer.layer(layer)
-        self.vectors = _dispatch.known_or_auto("index_vectors", backend)
+        self.vectors, self._topk = (_dispatch.known_or_auto(op, backend) for op in ("index_vectors", "index_topk"))
         self._backend, self._receipts = backend, receipts
 
     def attend(
@@ -106,7 +106,7 @@ class LayerServer:
                     q_start=part.start + lo,
                     reduce=config.reduce,
                     score_dtype=getattr(torch, config.score_dtype),
-                    backend=_dispatch.known_or_auto("index_topk", self._backend),
+                    backend=self._topk,
                 )
             with _dispatch.record() as attention:
                 part_out, _ = sparse_prefill(

@@ -191,10 +191,7 @@ def check_engine(vllm_config: Any, service: Service) -> None:
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             raise ConfigError(f"{name} > 1 splits a sequence's keys between devices, where none could select; use 1.")
-    text = model.hf_text_config
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-    full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
-    service.check(ModelFingerprint.from_config(text, full))
+    service.check(ModelFingerprint.from_config(model.hf_text_config))
 
 
 def hold(backend: Any, layout: PageLayout, vllm_config: Any, service: Service) -> None:

@@ -1,7 +1,6 @@
 """Public entry point of the op: checks, picks a backend, calls it."""
 
 import importlib.util
-from contextlib import nullcontext
 from typing import Literal, get_args
 
 import torch
@@ -109,8 +108,7 @@ def index_topk(
     }
     impl = _dispatch.resolve("index_topk", backend, iq, ik, **kwargs)
     # autocast would run float32 products in half precision
-    on = torch.is_autocast_enabled(iq.device.type)
-    with torch.autocast(iq.device.type, enabled=False) if on else nullcontext():
+    with torch.autocast(iq.device.type, enabled=False):
         if averaged:
             iq = mean_queries(iq, q_block=granularity.q_block, q_start=q_start)
         return impl.fn(iq, ik, **kwargs)

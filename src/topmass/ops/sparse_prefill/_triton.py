@@ -328,9 +328,6 @@ def attend(
     first, end = support.q_start // tile.tokens * tile.tokens, support.q_start + TQ
     for lo in range(first, end, step):
         a, z = max(lo, support.q_start) - support.q_start, min(lo + step, end) - support.q_start
-        if z - a == TQ:
-            _launch(q, k, v, support, out, lse, scale, softcap, sinks, page_table, tile)
-            break
         _launch(q[:, a:z], k, v, support.rows(a, z), out[:, a:z], lse[:, a:z], scale, softcap, sinks, page_table, tile)
     return out, lse
 
