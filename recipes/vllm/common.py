@@ -157,13 +157,15 @@ def stops() -> list[int]:
     return [] if found is None else [found] if isinstance(found, int) else list(found)
 
 
-def samples(total: int, length: int, *, questions: int = 5, seed: int = 0) -> list[Sample]:
+def samples(
+    total: int, length: int, *, tasks: Sequence[str] = TASKS, questions: int = 5, seed: int = 0
+) -> list[Sample]:
     """About `total` samples of several tasks, with `questions` questions a haystack where a task has as many."""
     words, found = tokenizer(), []
-    for task in TASKS:
+    for task in tasks:
         asked = min(questions, topmass.eval.tasks.get_task(task).max_questions)
-        need = -(-total // (len(TASKS) * asked))
-        found += make_samples(task, words, length=length, n=need, seed=seed, questions=asked)[: total // len(TASKS)]
+        need = -(-total // (len(tasks) * asked))
+        found += make_samples(task, words, length=length, n=need, seed=seed, questions=asked)[: total // len(tasks)]
     return found
 
 

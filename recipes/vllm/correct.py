@@ -4,7 +4,8 @@
     PYTHONPATH=src python recipes/vllm/correct.py variations --out out/vllm --seconds 400
 
 `answers`: samples of five tasks with the shipped indexer, the same budget and greedy decoding in both; also dense in both, because
-bfloat16 alone changes some answers. `variations`: the first divergence of the generated tokens from those of whole prompts with CUDA
+bfloat16 alone changes some answers. With `--tasks common_words majority --budget 64` sparse prefill loses points, so that which keys were
+read shows in the answers. `variations`: the first divergence of the generated tokens from those of whole prompts with CUDA
 graphs, for chunks, prefix caching, eager execution and two GPUs, and with the same variations of the stock engine beside. What is in
 the file is not run again: after a change of the code take another `--out`. Several processes may share one (`--kinds`, `--variations`).
 """
@@ -18,6 +19,7 @@ import torch
 from common import (
     INDEXER,
     REFERENCE,
+    TASKS,
     Clock,
     Store,
     close,
@@ -89,16 +91,18 @@ def with_vllm(batch: list[Any], budget: int | None, length: int) -> list[str]:
 
 def answers(args: argparse.Namespace, store: Store, clock: Clock) -> None:
     """Print how many answers agree, and the paired difference of scores."""
-    batch = samples(args.samples, args.length)
+    batch = samples(args.samples, args.length, tasks=args.tasks)
+    # as files of the default tasks name them
+    of = "" if tuple(args.tasks) == TASKS else f" of {' '.join(args.tasks)}"
     for kind in args.kinds:
         budget = args.budget if kind == "sparse" else None
         for side, run in (("vllm", with_vllm), ("transformers", with_transformers)):
-            name = f"answers {kind} {side} {len(batch)} x {args.length} b={budget}"
+            name = f"answers {kind} {side} {len(batch)} x {args.length} b={budget}{of}"
             if name not in store and clock.left(20):
                 begin = clock.used
                 store.put(name, run(batch, budget, args.length) if side == "vllm" else run(batch, budget))
                 print(f"{name}: {clock.used - begin:.0f} s", flush=True)
-        names = [f"answers {kind} {s} {len(batch)} x {args.length} b={budget}" for s in ("vllm", "transformers")]
+        names = [f"answers {kind} {s} {len(batch)} x {args.length} b={budget}{of}" for s in ("vllm", "transformers")]
         if all(name in store for name in names):
             compare(kind, batch, store[names[0]], store[names[1]])
 
@@ -188,6 +192,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/vllm"))
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--samples", type=int, default=500)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="of answers")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=32)

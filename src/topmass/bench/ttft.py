@@ -55,7 +55,7 @@ class Setting:
         budgets: Keys per query.
         q_blocks: Queries that share one selection.
         kv_blocks: Keys taken together; none means the indexers' own, or 1.
-        dense: Dense kernels beside `stock`, the model as it is; `None` means all that the device has.
+        dense: Dense kernels, `stock` for the model as it is; `None` means that and all that the device has.
         dense_below: Positions up to this length attend densely.
         chunk: Tokens of a prompt computed in one forward; 0 means all of them.
         new_tokens: Tokens generated after each prompt, for the time per output token; 0 for none.
@@ -189,13 +189,11 @@ def make_modes(
     """
     device = next(model.parameters()).device
     there, reasons = baselines_for(device)
-    known = [b.name for b in there] + list(reasons)
-    wanted = [n for n in (known if setting.dense is None else setting.dense) if n != STOCK]
+    known = [STOCK, *(b.name for b in there), *reasons]
+    wanted = known if setting.dense is None else setting.dense
     if unknown := set(wanted) - set(known):
-        raise ConfigError(
-            f"Unknown dense kernel {min(unknown)!r} on {device.type}; known: {STOCK}, {', '.join(known)}."
-        )
-    modes = {name: dense_mode(name) for name in (STOCK, *wanted) if name not in reasons}
+        raise ConfigError(f"Unknown dense kernel {min(unknown)!r} on {device.type}; known: {', '.join(known)}.")
+    modes = {name: dense_mode(name) for name in wanted if name not in reasons}
     absent: dict[str, tuple[Mode | Infeasible, str]] = {n: (dense_mode(n), reasons[n]) for n in wanted if n in reasons}
     for selector in (*_selectors(model, setting, indexers), *more):
         name = _name(selector, indexers)

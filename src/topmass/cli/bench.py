@@ -146,7 +146,7 @@ def _cell(case: "BenchCase", name: str) -> dict[str, Any]:
 @Parameter(name="*")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TtftConfig:
-    """What to time; the model as it is, the dense kernels of the device and the floor run in the same rounds.
+    """What to time; dense kernels and the floor run in the same rounds.
 
     Attributes:
         lengths: Prompt lengths, tokens.
@@ -156,7 +156,7 @@ class TtftConfig:
         q_blocks: Queries that share one selection; 1 selects per query.
         kv_blocks: Keys taken together; default the indexer's own, or 1.
         indexer: Directories of indexers, or `reference`; default an untrained one that stands in for it.
-        dense: Dense kernels to time beside the model as it is (`stock`); default all that the device has.
+        dense: Dense kernels to time; default the model as it is (`stock`) and all that the device has.
         dense_below: Positions up to this length attend densely.
         chunk: Tokens of a prompt computed in one forward; 0 for all of them.
         new_tokens: Tokens generated after each prompt, for the time per output token.
