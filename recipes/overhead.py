@@ -1,11 +1,12 @@
 """What topmass costs where it does not help: short prompts that `dense_below` keeps dense, and generated tokens.
 
     PYTHONPATH=src python recipes/overhead.py --shape qwen3.5-9b --out overhead-qwen3.5-9b.json      # one GPU
-    PYTHONPATH=src python recipes/overhead.py --shape tiny --device cpu --dtype float32 --lengths 64 --prompts 64 --rounds 3 --tokens 8
+    PYTHONPATH=src python recipes/overhead.py --shape tiny --device cpu --dtype float32 --lengths 64 --prompts 64 --rounds 3 --bursts 2
 
 Prompts: the model as it is (`stock`), once more (`again`: what two equal ways differ by here), and inside `sparsify` with an
-indexer that keeps these lengths dense (`auto`). Generated tokens: the same three, and an indexer that ran the prompt sparse
-(`sparse`). Ways alternate prompt by prompt and token by token, each on a cache of its own, so that whatever drifts hits all of them.
+indexer that keeps these lengths dense (`auto`). Generated tokens: the model as it is, twice, and inside `sparsify` with an indexer
+that ran the prompt sparse (`sparse`). Ways alternate prompt by prompt, and every 64 tokens, as many as wait for their index keys
+together, so that each time has its share of that; each way has a cache of its own. So whatever drifts hits all of them.
 Blocks are entered for each, and a few tokens run in them before the clock starts: a block stays open for many prompts where it is used.
 Weights and tokens are random; each line says the median, the median of the ratios to `stock` with its 95 % interval, and the same of
 the fastest tenth: where launches bound the time, a host with other work disturbs the median by more than what is looked for.
@@ -29,10 +30,11 @@ from topmass.bench.stress import stress_indexer
 from topmass.bench.timing import now, rotation
 from topmass.bench.ttft import describe_linear, random_prompts
 from topmass.integrations.transformers.index_features import describe_model, index_configs
+from topmass.integrations.transformers.index_keys import MOST_WAITING
 from topmass.integrations.transformers.linear import fast_linear_attention
 from topmass.integrations.transformers.load import describe_device
 
-STOCK, AGAIN = "stock", "again"
+STOCK, AGAIN, AUTO, SPARSE = "stock", "again", "auto", "sparse"
 # share of the rounds that a busy host disturbed least
 FASTEST, RESAMPLES = 0.1, 2000
 Times = dict[str, list[float]]
@@ -47,8 +49,8 @@ def ways(model: Any, args: argparse.Namespace) -> dict[str, Mode]:
     return {
         STOCK: Mode(name=STOCK, role="dense"),
         AGAIN: Mode(name=AGAIN, role="dense"),
-        "auto": Mode(name="auto", role="sparse", selector=auto),
-        "sparse": Mode(name="sparse", role="sparse", selector=sparse),
+        AUTO: Mode(name=AUTO, role="sparse", selector=auto),
+        SPARSE: Mode(name=SPARSE, role="sparse", selector=sparse),
     }
 
 
@@ -61,21 +63,24 @@ def prompts(model: Any, modes: dict[str, Mode], ids: torch.Tensor, rounds: int) 
     return alternate(modes, model, lambda _: answer, rounds, warm=3, before=lambda: begin(model, ids))
 
 
-def tokens(model: Any, modes: dict[str, Mode], ids: torch.Tensor, count: int) -> Times:
-    """Milliseconds of one generated token after a prompt, by way; each way generates from its own cache."""
+def tokens(model: Any, modes: dict[str, Mode], ids: torch.Tensor, rounds: int) -> Times:
+    """Milliseconds of a generated token after a prompt, by way, mean of `MOST_WAITING`; each way generates from its own cache."""
     state = {}
     for name, mode in modes.items():
         with mode.running(model):
             state[name] = forward(model, ids, None)
 
-    def step(name: str) -> Callable[[], None]:
+    def steps(name: str) -> Callable[[], None]:
         def run() -> None:
             logits, cache = state[name]
-            state[name] = forward(model, logits.argmax(-1), cache)
+            for _ in range(MOST_WAITING):
+                logits, cache = forward(model, logits.argmax(-1), cache)
+            state[name] = logits, cache
 
         return run
 
-    return alternate(modes, model, step, count, warm=4, before=lambda: begin(model, ids))
+    found = alternate(modes, model, steps, rounds, warm=1, before=lambda: begin(model, ids))
+    return {name: [taken / MOST_WAITING for taken in times] for name, times in found.items()}
 
 
 def begin(model: Any, ids: torch.Tensor) -> None:
@@ -155,7 +160,7 @@ def main() -> int:
         "--prompts", type=int, nargs="*", default=[4096], help="lengths after which tokens are generated"
     )
     parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--tokens", type=int, default=120)
+    parser.add_argument("--bursts", type=int, default=12, help="of 64 generated tokens each, by every way")
     parser.add_argument("--dense-below", type=int, default=16384)
     parser.add_argument("--budget", type=int, default=2048)
     parser.add_argument("--q-block", type=int, default=32)
@@ -170,13 +175,14 @@ def main() -> int:
     }  # fmt: skip
     with torch.inference_mode(), fast_linear_attention(model):
         for n in args.lengths:
-            kept = {name: modes[name] for name in (STOCK, AGAIN, "auto")}
+            kept = {name: modes[name] for name in (STOCK, AGAIN, AUTO)}
             # long prompts drift less, and cost more
             rounds = max(args.rounds * 4096 // max(n, 4096), 3)
             found["prompt"][n] = told(prompts(model, kept, text(1, n), rounds))
             show(f"prompt of {n}", found["prompt"][n])
         for n in args.prompts:
-            found["token"][n] = told(tokens(model, modes, text(1, n), args.tokens))
+            kept = {name: modes[name] for name in (STOCK, AGAIN, SPARSE)}
+            found["token"][n] = told(tokens(model, kept, text(1, n), args.bursts))
             show(f"token after {n}", found["token"][n])
     if args.out is not None:
         args.out.write_text(json.dumps(found, indent=1) + "\n")
