@@ -4,6 +4,8 @@ Kernels are marked `@no_type_check`: jaxtyping's import hook would wrap them, an
 helpers they call among the globals of the wrapper.
 """
 
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from functools import wraps
@@ -12,16 +14,32 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-__all__ = ["INTERPRETED", "cdiv", "gpu_priority", "half_on_gpu", "next_power_of_2", "on_device"]
+from topmass.ops import _dispatch
+
+__all__ = ["INTERPRETED", "cdiv", "half_on_gpu", "next_power_of_2", "on_device", "register_triton"]
 
 _Launch = TypeVar("_Launch", bound=Callable[..., Any])
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def gpu_priority(priority: int) -> int:
-    """Priority of a kernel: below the reference where it would run in Triton's interpreter, which is for tests."""
-    return -1 if INTERPRETED else priority
+def register_triton(op: str, module: str, fn: str, *, name: str = "triton", priority: int = 10) -> None:
+    """Add a backend of `op` written in Triton; without Triton nothing, so that the op and its reference import.
+
+    Args:
+        op: Name of the op.
+        module: Has the backend, and a `why_not`.
+        fn: Name of the backend there.
+        name: What users pass as `backend=`.
+        priority: As in `KernelBackend`; below the reference in Triton's interpreter, which is for tests.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return
+    found = importlib.import_module(module)
+    backend = _dispatch.KernelBackend(
+        name=name, fn=getattr(found, fn), why_not=found.why_not, priority=-1 if INTERPRETED else priority
+    )
+    _dispatch.register(op, backend)
 
 
 # Triton's own take ten times as long on the host, in every launch

@@ -1,6 +1,5 @@
 """Public entry points of the op: checks, picks a backend, calls it."""
 
-import importlib.util
 from typing import get_args
 
 from jaxtyping import Float, Int
@@ -9,24 +8,14 @@ from torch import Tensor
 from topmass.core.granularity import Granularity, Share
 from topmass.errors import ConfigError
 from topmass.ops import _dispatch
-from topmass.ops._triton_common import gpu_priority
+from topmass.ops._triton_common import register_triton
 from topmass.ops.attention_mass.reference import attention_mass_reference
 from topmass.ops.topk_support.interface import Pool
 
 __all__ = ["attention_mass", "pooled_mass"]
 
 _dispatch.register("attention_mass", _dispatch.KernelBackend(name="reference", fn=attention_mass_reference))
-
-# the reference must import where triton is absent
-if importlib.util.find_spec("triton"):
-    from topmass.ops.attention_mass import _triton
-
-    _dispatch.register(
-        "attention_mass",
-        _dispatch.KernelBackend(
-            name="triton", fn=_triton.attention_mass_triton, why_not=_triton.why_not, priority=gpu_priority(10)
-        ),
-    )
+register_triton("attention_mass", "topmass.ops.attention_mass._triton", "attention_mass_triton")
 
 
 def attention_mass(

@@ -1,6 +1,5 @@
 """Public entry point of the op: checks, picks a backend, calls it."""
 
-import importlib.util
 from typing import Literal, get_args
 
 import torch
@@ -13,7 +12,7 @@ from topmass.core.rule import SupportRule
 from topmass.core.support import Support
 from topmass.errors import ConfigError
 from topmass.ops import _dispatch
-from topmass.ops._triton_common import gpu_priority
+from topmass.ops._triton_common import register_triton
 from topmass.ops.index_topk.reference import FLOAT8, index_topk_reference, mean_queries
 
 __all__ = ["Reduce", "check_index", "index_topk"]
@@ -21,17 +20,7 @@ __all__ = ["Reduce", "check_index", "index_topk"]
 Reduce = Literal["mean", "max"]
 
 _dispatch.register("index_topk", _dispatch.KernelBackend(name="reference", fn=index_topk_reference))
-
-# the reference must import where triton is absent
-if importlib.util.find_spec("triton"):
-    from topmass.ops.index_topk import _triton
-
-    _dispatch.register(
-        "index_topk",
-        _dispatch.KernelBackend(
-            name="triton", fn=_triton.index_topk_triton, why_not=_triton.why_not, priority=gpu_priority(10)
-        ),
-    )
+register_triton("index_topk", "topmass.ops.index_topk._triton", "index_topk_triton")
 
 
 def index_topk(

@@ -1,29 +1,17 @@
 """Public entry point of the op: checks, picks a backend, calls it."""
 
-import importlib.util
-
 from jaxtyping import Float
 from torch import Tensor
 
 from topmass.errors import ConfigError
 from topmass.ops import _dispatch
-from topmass.ops._triton_common import gpu_priority
+from topmass.ops._triton_common import register_triton
 from topmass.ops.index_vectors.reference import index_vectors_reference
 
 __all__ = ["index_vectors"]
 
 _dispatch.register("index_vectors", _dispatch.KernelBackend(name="reference", fn=index_vectors_reference))
-
-# the reference must import where triton is absent
-if importlib.util.find_spec("triton"):
-    from topmass.ops.index_vectors import _triton
-
-    _dispatch.register(
-        "index_vectors",
-        _dispatch.KernelBackend(
-            name="triton", fn=_triton.index_vectors_triton, why_not=_triton.why_not, priority=gpu_priority(10)
-        ),
-    )
+register_triton("index_vectors", "topmass.ops.index_vectors._triton", "index_vectors_triton")
 
 
 def index_vectors(

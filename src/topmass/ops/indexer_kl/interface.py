@@ -1,29 +1,17 @@
 """Public entry point of the op: checks, picks a backend, calls it."""
 
-import importlib.util
-
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from topmass.errors import ConfigError
 from topmass.ops import _dispatch
-from topmass.ops._triton_common import gpu_priority
+from topmass.ops._triton_common import register_triton
 from topmass.ops.indexer_kl.reference import kl_rows_reference
 
 __all__ = ["kl_rows"]
 
 _dispatch.register("indexer_kl", _dispatch.KernelBackend(name="reference", fn=kl_rows_reference))
-
-# the reference must import where triton is absent
-if importlib.util.find_spec("triton"):
-    from topmass.ops.indexer_kl import _triton
-
-    _dispatch.register(
-        "indexer_kl",
-        _dispatch.KernelBackend(
-            name="triton", fn=_triton.kl_rows_triton, why_not=_triton.why_not, priority=gpu_priority(10)
-        ),
-    )
+register_triton("indexer_kl", "topmass.ops.indexer_kl._triton", "kl_rows_triton")
 
 
 def kl_rows(

@@ -1,36 +1,21 @@
 """Public entry point of the op: checks, picks a backend, calls it."""
 
-import importlib.util
-
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from topmass.core.support import Support
 from topmass.errors import ConfigError
 from topmass.ops import _dispatch
-from topmass.ops._triton_common import gpu_priority
+from topmass.ops._triton_common import register_triton
 from topmass.ops.sparse_prefill.reference import sparse_prefill_reference
 
 __all__ = ["resolve_backend", "sparse_prefill"]
 
 _dispatch.register("sparse_prefill", _dispatch.KernelBackend(name="reference", fn=sparse_prefill_reference))
-
-# the reference must import where triton is absent
-if importlib.util.find_spec("triton"):
-    from topmass.ops.sparse_prefill import _masked, _triton
-
-    _dispatch.register(
-        "sparse_prefill",
-        _dispatch.KernelBackend(
-            name="masked", fn=_masked.sparse_prefill_masked, why_not=_masked.why_not, priority=gpu_priority(5)
-        ),
-    )
-    _dispatch.register(
-        "sparse_prefill",
-        _dispatch.KernelBackend(
-            name="triton", fn=_triton.sparse_prefill_triton, why_not=_triton.why_not, priority=gpu_priority(10)
-        ),
-    )
+register_triton(
+    "sparse_prefill", "topmass.ops.sparse_prefill._masked", "sparse_prefill_masked", name="masked", priority=5
+)
+register_triton("sparse_prefill", "topmass.ops.sparse_prefill._triton", "sparse_prefill_triton")
 
 
 def sparse_prefill(

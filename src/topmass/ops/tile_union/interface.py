@@ -1,11 +1,9 @@
 """Public entry point of the op: checks, picks a backend, calls it."""
 
-import importlib.util
-
 from topmass.core.support import Support
 from topmass.errors import ConfigError
 from topmass.ops import _dispatch
-from topmass.ops._triton_common import gpu_priority
+from topmass.ops._triton_common import register_triton
 from topmass.ops.tile_union.reference import tile_union_reference
 from topmass.ops.tile_union.value import TileUnion
 
@@ -15,17 +13,7 @@ __all__ = ["MOST_BLOCKS", "tile_union"]
 MOST_BLOCKS = 32
 
 _dispatch.register("tile_union", _dispatch.KernelBackend(name="reference", fn=tile_union_reference))
-
-# the reference must import where triton is absent
-if importlib.util.find_spec("triton"):
-    from topmass.ops.tile_union import _triton
-
-    _dispatch.register(
-        "tile_union",
-        _dispatch.KernelBackend(
-            name="triton", fn=_triton.tile_union_triton, why_not=_triton.why_not, priority=gpu_priority(10)
-        ),
-    )
+register_triton("tile_union", "topmass.ops.tile_union._triton", "tile_union_triton")
 
 
 def tile_union(support: Support, *, tile: int = 32, backend: str = "auto") -> TileUnion:

@@ -1,6 +1,5 @@
 """Public entry point of the op: checks, picks a backend, calls it."""
 
-import importlib.util
 from typing import Literal, get_args
 
 from jaxtyping import Float
@@ -10,7 +9,7 @@ from topmass.core.rule import SupportRule
 from topmass.core.support import Support
 from topmass.errors import ConfigError
 from topmass.ops import _dispatch
-from topmass.ops._triton_common import gpu_priority
+from topmass.ops._triton_common import register_triton
 from topmass.ops.topk_support.reference import pool_scores_reference, topk_groups_reference
 
 __all__ = ["Pool", "pool_scores", "topk_support"]
@@ -18,17 +17,7 @@ __all__ = ["Pool", "pool_scores", "topk_support"]
 Pool = Literal["sum", "max"]
 
 _dispatch.register("topk_support", _dispatch.KernelBackend(name="reference", fn=topk_groups_reference))
-
-# the reference must import where triton is absent
-if importlib.util.find_spec("triton"):
-    from topmass.ops.topk_support import _triton
-
-    _dispatch.register(
-        "topk_support",
-        _dispatch.KernelBackend(
-            name="triton", fn=_triton.topk_groups_triton, why_not=_triton.why_not, priority=gpu_priority(10)
-        ),
-    )
+register_triton("topk_support", "topmass.ops.topk_support._triton", "topk_groups_triton")
 
 
 def pool_scores(

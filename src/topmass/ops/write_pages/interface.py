@@ -1,29 +1,17 @@
 """Public entry point of the op: checks, picks a backend, calls it."""
 
-import importlib.util
-
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from topmass.errors import ConfigError
 from topmass.ops import _dispatch
-from topmass.ops._triton_common import gpu_priority
+from topmass.ops._triton_common import register_triton
 from topmass.ops.write_pages.reference import write_pages_reference
 
 __all__ = ["write_pages"]
 
 _dispatch.register("write_pages", _dispatch.KernelBackend(name="reference", fn=write_pages_reference))
-
-# the reference must import where triton is absent
-if importlib.util.find_spec("triton"):
-    from topmass.ops.write_pages import _triton
-
-    _dispatch.register(
-        "write_pages",
-        _dispatch.KernelBackend(
-            name="triton", fn=_triton.write_pages_triton, why_not=_triton.why_not, priority=gpu_priority(10)
-        ),
-    )
+register_triton("write_pages", "topmass.ops.write_pages._triton", "write_pages_triton")
 
 
 def write_pages(
