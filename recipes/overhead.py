@@ -14,8 +14,10 @@ the fastest tenth: where launches bound the time, a host with other work disturb
 
 import argparse
 import json
+import math
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,8 @@ from topmass.integrations.transformers.load import describe_device
 STOCK, AGAIN, AUTO, SPARSE = "stock", "again", "auto", "sparse"
 # share of the rounds that a busy host disturbed least
 FASTEST, RESAMPLES = 0.1, 2000
+# rounds that a limit of time leaves
+FEWEST = 3
 Times = dict[str, list[float]]
 
 
@@ -54,16 +58,16 @@ def ways(model: Any, args: argparse.Namespace) -> dict[str, Mode]:
     }
 
 
-def prompts(model: Any, modes: dict[str, Mode], ids: torch.Tensor, rounds: int) -> Times:
+def prompts(model: Any, modes: dict[str, Mode], ids: torch.Tensor, rounds: int, end: float = math.inf) -> Times:
     """Milliseconds of a prompt until its last logits are on the host, by way."""
 
     def answer() -> None:
         forward(model, ids, None)[0].cpu()
 
-    return alternate(modes, model, lambda _: answer, rounds, warm=3, before=lambda: begin(model, ids))
+    return alternate(modes, model, lambda _: answer, rounds, warm=3, before=lambda: begin(model, ids), end=end)
 
 
-def tokens(model: Any, modes: dict[str, Mode], ids: torch.Tensor, rounds: int) -> Times:
+def tokens(model: Any, modes: dict[str, Mode], ids: torch.Tensor, rounds: int, end: float = math.inf) -> Times:
     """Milliseconds of a generated token after a prompt, by way, mean of `MOST_WAITING`; each way generates from its own cache."""
     state = {}
     for name, mode in modes.items():
@@ -79,7 +83,7 @@ def tokens(model: Any, modes: dict[str, Mode], ids: torch.Tensor, rounds: int) -
 
         return run
 
-    found = alternate(modes, model, steps, rounds, warm=1, before=lambda: begin(model, ids))
+    found = alternate(modes, model, steps, rounds, warm=1, before=lambda: begin(model, ids), end=end)
     return {name: [taken / MOST_WAITING for taken in times] for name, times in found.items()}
 
 
@@ -101,10 +105,16 @@ def alternate(
     rounds: int,
     warm: int,
     before: Callable[[], Any],
+    end: float = math.inf,
 ) -> Times:
-    """Time every way once a round, in an order that turns, each after `before`; the first `warm` rounds do not count."""
+    """Time every way once a round, in an order that turns, each after `before`; the first `warm` rounds do not count.
+
+    From the moment `end` of the monotonic clock on the rounds that there are will do, if they are `FEWEST`.
+    """
     found: Times = {name: [] for name in modes}
     for i in range(warm + rounds):
+        if i >= warm + FEWEST and time.monotonic() > end:
+            break
         for name in rotation(list(modes), i):
             with modes[name].running(model):
                 before()
@@ -161,12 +171,14 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--bursts", type=int, default=12, help="of 64 generated tokens each, by every way")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="fewer rounds where the time is over")
     parser.add_argument("--dense-below", type=int, default=16384)
     parser.add_argument("--budget", type=int, default=2048)
     parser.add_argument("--q-block", type=int, default=32)
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    end = time.monotonic() + args.seconds
     model = build_model(args.shape, device=args.device, dtype=getattr(torch, args.dtype))
     modes, text = ways(model, args), random_prompts(model)
     found: dict[str, Any] = {
@@ -178,11 +190,11 @@ def main() -> int:
             kept = {name: modes[name] for name in (STOCK, AGAIN, AUTO)}
             # long prompts drift less, and cost more
             rounds = max(args.rounds * 4096 // max(n, 4096), 3)
-            found["prompt"][n] = told(prompts(model, kept, text(1, n), rounds))
+            found["prompt"][n] = told(prompts(model, kept, text(1, n), rounds, end))
             show(f"prompt of {n}", found["prompt"][n])
         for n in args.prompts:
             kept = {name: modes[name] for name in (STOCK, AGAIN, SPARSE)}
-            found["token"][n] = told(tokens(model, kept, text(1, n), args.bursts))
+            found["token"][n] = told(tokens(model, kept, text(1, n), args.bursts, end))
             show(f"token after {n}", found["token"][n])
     if args.out is not None:
         args.out.write_text(json.dumps(found, indent=1) + "\n")

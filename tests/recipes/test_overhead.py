@@ -66,6 +66,15 @@ def test_ways_alternate_and_warm_rounds_do_not_count(overhead: ModuleType) -> No
     assert taken == [4 * i + 1 for i in range(6, 18)]
 
 
+def test_a_limit_of_time_leaves_fewer_rounds(overhead: ModuleType) -> None:
+    way = SimpleNamespace(running=lambda model: torch.inference_mode())
+    model = SimpleNamespace(device=torch.device("cpu"))
+
+    found = overhead.alternate({"a": way}, model, lambda name: lambda: None, 40, warm=1, before=lambda: None, end=0.0)
+
+    assert len(found["a"]) == overhead.FEWEST
+
+
 def test_ratios_are_taken_round_by_round(overhead: ModuleType) -> None:
     # the clock drifts a thousandfold; the ratio does not
     stock = [10.0**i for i in range(4)]
