@@ -165,10 +165,14 @@ def test_dummy_weights_leave_the_indexer_alone(qwen3, engine):
 def test_a_product_that_takes_no_rows_has_one_beside_it(qwen3, engine, monkeypatch):
     """As for quantised weights, or a bias."""
     from topmass.integrations.vllm import layer
+    from topmass.integrations.vllm.service import Service
 
+    said = []
+    monkeypatch.setattr(Service, "tell", lambda self, line: said.append(line))
     monkeypatch.setattr(layer, "_join", lambda *args: False)
     one = engine(qwen3, SPARSE)
-    assert next(iter(one.layers.values())).index.weight is not None
+    assert not any(served.index.joined for served in one.layers.values())
+    assert [line for line in said if f"indexer of {len(one.layers)} layers takes a product of its own" in line]
     assert one.run(*PROMPTS) == [qwen3.generate(p, **SPARSE) for p in PROMPTS]
 
 

@@ -77,6 +77,11 @@ class IndexProjection(nn.Module):
         for i, table in enumerate(_tables(rotary, config.rotary_dim, length, dtype, device)):
             self.register_buffer(f"table_{i}", table, persistent=False)
 
+    @property
+    def joined(self) -> bool:
+        """Whether the layer's own product gives the raw index keys and queries."""
+        return self.weight is None
+
     def split(self, mixed: Tensor, hidden: Tensor, values: int) -> tuple[Tensor, Tensor]:
         """`[queries | keys | values]`, and `[values | raw index key | raw index queries]`.
 
@@ -265,6 +270,7 @@ def attach(model: Any, vllm_config: VllmConfig) -> set[str]:
     versions.check_engine(vllm_config, service)
     names: set[str] = set()
     layouts: set[PageLayout] = set()
+    apart = 0
     found = [(name, m) for name, m in model.named_modules() if type(m) in model.swaps]
     for name, module in found:
         attn: Any = module.attn
@@ -293,6 +299,12 @@ def attach(model: Any, vllm_config: VllmConfig) -> set[str]:
         attn.serve(server, layout, index)
         if index is not None:
             names |= {f"{name}.attn.index.{parameter}" for parameter, _ in index.named_parameters()}
+            apart += not index.joined
+    if apart:
+        service.tell(
+            f"topmass: the indexer of {apart} layers takes a product of its own for every token, as the layers' products are "
+            "quantised, offloaded, have a bias, or may get adapters."
+        )
     if len(layouts) != 1:
         raise ConfigError(f"The attention layers need one shape of pages, got {len(layouts)}.")
     versions.hold(found[0][1].attn.attn_backend, layouts.pop(), vllm_config, service)
