@@ -19,14 +19,14 @@ import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import COUNTING, Known, Library, Shares, Stored, common_options, store
+from common import TELLING, Known, Library, Shares, Stored, common_options, store
 
 import topmass
 from topmass.core.granularity import Granularity
@@ -44,7 +44,6 @@ from topmass.selection.base import AttentionInputs
 from topmass.selection.indexer import Indexer, IndexerSelector, named_indexer
 
 SEED = 3001  # of the samples; the tables of gaps.py have others
-TASKS = (*COUNTING, "variable_tracking", "niah_uuid")
 SHARE = Fraction(1, 16)
 SHARED = 32
 # tokens, and held-out sequences of that length
@@ -230,14 +229,6 @@ class Reused(IndexerSelector):
         return support
 
 
-def with_reduce(indexer: Indexer, reduce: Any) -> Indexer:
-    """The same weights, served with another reduction over the queries of a block."""
-    layers = {i: replace(config, reduce=reduce) for i, config in indexer.info.layers.items()}
-    other = Indexer(indexer.info.replace(layers=layers))
-    other.load_state_dict(indexer.state_dict())
-    return other.to(next(indexer.parameters()).device)
-
-
 def budget_of(indexer: Indexer, length: int) -> int:
     """Tokens with which every variant reads about as many keys: a block keeps room for its own queries and reads half of them on average."""
     assert indexer.info.granularity is not None
@@ -250,7 +241,7 @@ def served(name: str, indexer: Indexer, length: int) -> dict[str, Any]:
     found: dict[str, Any] = {name: indexer.selector(budget=budget_of(indexer, length))}
     block = Granularity(q_block=SHARED)
     if VARIANTS[name].changes is None:
-        found[f"{name}, shared by {SHARED}, max"] = with_reduce(indexer, "max").selector(
+        found[f"{name}, shared by {SHARED}, max"] = indexer.reducing("max").selector(
             budget=budget + SHARED // 2, granularity=block
         )
     if name != FIRST:
@@ -262,7 +253,7 @@ def served(name: str, indexer: Indexer, length: int) -> dict[str, Any]:
         found[f"budget {share}"] = indexer.selector(budget=Shares.parse(share).budget(length, layers))
     found |= {f"mass {m}": indexer.selector(budget=f"mass:{m}<={2 * budget}") for m in ("0.8", "0.9", "0.95")}
     for reduce in ("mean", "max"):
-        found[f"shared by {SHARED}, {reduce}"] = with_reduce(indexer, reduce).selector(
+        found[f"shared by {SHARED}, {reduce}"] = indexer.reducing(reduce).selector(
             budget=budget + SHARED // 2, granularity=block
         )
     found["first layer's selection for both"] = Reused(indexer, budget=budget)
@@ -343,7 +334,7 @@ def main() -> int:
         "--no-shipped", dest="with_shipped", action="store_false", help="leave out the indexer that ships"
     )
     parser.add_argument("--n", type=int, default=10, help="haystacks per task and length")
-    parser.add_argument("--tasks", nargs="+", default=TASKS)
+    parser.add_argument("--tasks", nargs="+", default=TELLING)
     parser.add_argument("--length", type=int, default=4096, help="of training sequences")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--sequences", type=int, default=3200, help="to train on")

@@ -22,6 +22,8 @@ TENTH = "majority"
 NINE = tuple(task for task in list_tasks() if task != TENTH)
 # their answer depends on many keys
 COUNTING = ("common_words", "frequent_words", "majority")
+# tasks that tell selectors apart, and two that retrieve
+TELLING = (*COUNTING, "variable_tracking", "niah_uuid")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

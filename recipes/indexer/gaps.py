@@ -25,7 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from choice import CANDIDATES, NEAR, chosen_budget, ranked
-from common import COUNTING, common_options
+from common import COUNTING, TELLING, common_options
 from compared import FAR_ROLES, LENGTHS, LONG, candidates, one_layer, roles
 from found import load_parts
 from gap_report import report
@@ -37,7 +37,6 @@ from topmass.selection.indexer import named_indexer
 
 # neither has made another published table
 DEV_SEED, TEST_SEED = 1001, 2003
-CANDIDATE_TASKS = (*COUNTING, "variable_tracking", "niah_uuid")
 
 
 def choose(args: argparse.Namespace, bench: Bench) -> int:
@@ -50,7 +49,7 @@ def choose(args: argparse.Namespace, bench: Bench) -> int:
         # baselines are far away: few haystacks tell
         counts = {name: n if name.split()[0] in ("dense", "indexer") else min(n, 4) for name in selectors}
         work = Work(
-            part="choose", length=length, tasks=tuple(args.tasks or CANDIDATE_TASKS), seed=args.dev_seed, selectors=selectors,
+            part="choose", length=length, tasks=tuple(args.tasks or TELLING), seed=args.dev_seed, selectors=selectors,
             counts=counts, facts={"indexer": indexer.digest},
         )  # fmt: skip
         done.append(bench.measure(work))

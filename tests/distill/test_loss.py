@@ -293,6 +293,7 @@ def test_nan_scores_are_refused():
         ({"rows": torch.tensor([KV_LEN])}, "different indices"),
         ({"rows": torch.tensor([], dtype=torch.long)}, "rows is empty"),
         ({"chunk": 0}, "chunk must be"),
+        ({"reduce": "max_prob", "granularity": Granularity(q_block=4)}, "no gradient for a block"),
         ({"window": 0, "granularity": Granularity(q_block=4), "mask_forced": True}, "window=0"),
     ],
 )

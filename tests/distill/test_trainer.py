@@ -297,6 +297,7 @@ def test_refuses_lengths(settings: dict, pattern: str) -> None:
         ({"rows_fraction": 0.0}, "rows_fraction must be above 0"),
         ({"warmup": 2.0}, "warmup is a share"),
         ({"q_block": 3}, "power of two"),
+        ({"q_block": 4, "reduce": "max_prob"}, "trained for it query by query"),
         ({"patience": -1}, "patience must not be negative"),
         ({"workers": -1}, "workers must not be negative"),
     ],

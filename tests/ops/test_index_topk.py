@@ -46,12 +46,21 @@ def naive(iq, ik, *, wanted, g, r, q_start, sink, window, reduce, score_dtype, s
             start = t0 + 1 if window == 0 else max(t0 - window + 1, 0) // r * r
             candidates = [j for j in range(ik.shape[1]) if j * r >= -(-sink // r) * r and (j + 1) * r <= start]
             pooled = {}
+            norms = [
+                math.log(sum(math.exp(score(iq[b, i], ik[b, j], torch.float64)) for j in candidates))
+                if candidates
+                else 0.0
+                for i in queries
+            ]
             for j in candidates:
                 rows = [iq[b, i] for i in queries]
                 if reduce == "mean" and iq.shape[2] == 1:
                     rows = [mean(torch.stack(rows))]
                 rounded = [score(row, ik[b, j], score_dtype) for row in rows]
-                pooled[j] = max(rounded) if reduce == "max" else sum(rounded) / len(rounded)
+                if reduce == "max_prob" and g > 1:
+                    logs = [score(row, ik[b, j], torch.float64) - norm for row, norm in zip(rows, norms, strict=True)]
+                    rounded = [torch.tensor(x, dtype=torch.float64).to(score_dtype).item() for x in logs]
+                pooled[j] = sum(rounded) / len(rounded) if reduce == "mean" else max(rounded)
             best = sorted(candidates, key=lambda j, pooled=pooled: (-pooled[j], j))[:wanted]
             if share_of_softmax is not None and candidates:
                 top = max(pooled.values())
@@ -84,7 +93,7 @@ def paged(ik, size, *, unused=3):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("g", "reduce"), [(1, "mean"), (4, "mean"), (4, "max")])
+@pytest.mark.parametrize(("g", "reduce"), [(1, "mean"), (4, "mean"), (4, "max"), (4, "max_prob"), (1, "max_prob")])
 @pytest.mark.parametrize(("r", "wanted"), [(1, 5), (4, 2)])
 @pytest.mark.parametrize("q_start", [0, 6])
 @pytest.mark.parametrize("heads", [1, 4])
@@ -158,6 +167,35 @@ def test_reductions_of_a_block_differ():
 
     assert index_topk(iq, ik, budget=5, granularity=g4, q_start=8, reduce="mean").groups.flatten().tolist() == [1]
     assert index_topk(iq, ik, budget=5, granularity=g4, q_start=8, reduce="max").groups.flatten().tolist() == [0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_of_different_queries_are_compared_as_probabilities(backend):
+    # the first query scores every key high and wants none; the second scores them low and is sure of group 2
+    iq = torch.tensor([[8.0, 0.0], [-8.0, 4.0]])[None, :, None]
+    ik = torch.zeros(1, 8, 2)
+    ik[..., 0] = 1.0
+    ik[0, 1, 0], ik[0, 2, 1] = 1.1, 2.0
+    settings = {"budget": 3, "granularity": Granularity(q_block=2), "q_start": 8, "backend": backend}
+
+    assert index_topk(iq, ik, **settings, reduce="max").groups.flatten().tolist() == [1]
+    assert index_topk(iq, ik, **settings, reduce="max_prob").groups.flatten().tolist() == [2]
+    # what a query adds to all of its scores has no say
+    iq[0, 0, 0, 0] += 100.0
+    ik[..., 0] = 1.0
+    assert index_topk(iq, ik, **settings, reduce="max_prob").groups.flatten().tolist() == [2]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_probabilities_do_not_depend_on_chunks(backend):
+    gen = torch.Generator().manual_seed(4)
+    iq, ik = torch.randn(1, 40, 1, 16, generator=gen), torch.randn(1, 64, 16, generator=gen)
+    settings = {"budget": 24, "granularity": Granularity(q_block=8), "reduce": "max_prob", "backend": backend}
+
+    whole = index_topk(iq, ik, q_start=24, **settings)
+    parts = [index_topk(iq[:, lo : lo + 16], ik[:, : 40 + lo], q_start=24 + lo, **settings) for lo in (0, 16)]
+
+    assert chosen(whole)[0][:4] == chosen(parts[0])[0] + chosen(parts[1])[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)

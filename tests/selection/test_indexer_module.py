@@ -215,7 +215,7 @@ def test_tables_must_fit_the_indexer():
         ({"rotary_dim": 66}, r"in 0\.\.64"),
         ({"features": "kq"}, "features must be one of hidden, qk"),
         ({"key_size": 0}, "key_size must be a whole number"),
-        ({"reduce": "sum"}, "reduce must be one of mean, max"),
+        ({"reduce": "sum"}, "reduce must be one of mean, max, max_prob"),
         ({"score_dtype": "float8"}, "score_dtype must be one of"),
         ({"norm_eps": 0.0}, "norm_eps must be positive"),
     ],

@@ -39,7 +39,7 @@ def distill(
     dim: int | None = None,
     heads: int | None = None,
     features: Literal["hidden", "qk"] | None = None,
-    reduce: Literal["mean", "max"] | None = None,
+    reduce: Literal["mean", "max", "max_prob"] | None = None,
     pool: Literal["sum", "max"] | None = None,
     lr: float | None = None,
     held_out: int | None = None,

@@ -112,6 +112,10 @@ class DistillConfig:
         for name, choices in (("reduce", Reduce), ("pool", Pool), ("features", Features), ("score_dtype", ScoreDtype)):
             if getattr(self, name) not in get_args(choices):
                 raise ConfigError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}.")
+        if self.reduce == "max_prob" and self.q_block > 1:
+            raise ConfigError(
+                "reduce='max_prob' is for serving: an indexer is trained for it query by query; leave q_block at 1."
+            )
         # complains about granularity, sink and window
         SupportRule(budget=None, granularity=self.granularity, sink=self.sink, window=self.window)
 

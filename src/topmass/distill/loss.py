@@ -106,6 +106,8 @@ def indexer_kl(
     if pool not in get_args(Pool):
         raise ConfigError(f"pool must be one of {', '.join(get_args(Pool))}, got {pool!r}.")
     check_index(iq, ik, granularity=granularity, reduce=reduce)
+    if reduce == "max_prob" and granularity.q_block > 1:
+        raise ConfigError("reduce='max_prob' has no gradient for a block of queries; train with q_block=1.")
     if chunk is not None and chunk < 1:
         raise ConfigError(f"chunk must be at least 1 query, got {chunk}.")
     g = granularity.q_block

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -19,6 +19,7 @@ from topmass.core.rule import SupportRule
 from topmass.core.support import Support
 from topmass.errors import ConfigError, DataError
 from topmass.ops.index_topk import index_topk
+from topmass.ops.index_topk.interface import Reduce
 from topmass.ops.index_vectors import index_vectors, rotate_half_split
 from topmass.selection.artifact import (
     IndexerConfig,
@@ -274,6 +275,17 @@ class Indexer(nn.Module):
     def selector(self, *, budget: BudgetLike | Plan, **settings: Any) -> "IndexerSelector":
         """Selects by this indexer; `settings` are those of `IndexerSelector`."""
         return IndexerSelector(self, budget=budget, **settings)
+
+    def reducing(self, reduce: Reduce) -> "Indexer":
+        """A copy with the same weights that scores a block of queries in another way; see `index_topk`.
+
+        Raises:
+            ConfigError: `reduce` is unknown.
+        """
+        layers = {i: replace(config, reduce=reduce) for i, config in self.info.layers.items()}
+        other = Indexer(self.info.replace(layers=layers))
+        other.load_state_dict(self.state_dict())
+        return other.to(next(self.parameters()).device)
 
     def layer(self, index: int) -> LayerIndexer | None:
         """The indexer of one layer, or `None` if it has none."""

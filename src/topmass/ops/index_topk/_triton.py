@@ -55,17 +55,17 @@ def _together(rule: SupportRule, reduce: str | None) -> int:
 
 
 @triton.jit(
-    do_not_specialize=["sp_b", "TQ", "CHUNK", "BLOCK0", "T0", "FIRST", "UNITS"],
+    do_not_specialize=["sp_b", "sn_b", "TQ", "CHUNK", "BLOCK0", "T0", "FIRST", "UNITS"],
     do_not_specialize_on_alignment=["pages"],
 )
 @no_type_check
 def _scores_kernel(
-    iq, ik, stops, pages, scores, scale,
-    sq_b, sq_t, sq_h, sk_b, sk_n, sp_b,
+    iq, ik, stops, pages, norms, scores, scale,
+    sq_b, sq_t, sq_h, sk_b, sk_n, sp_b, sn_b,
     TQ, CHUNK, BLOCK0, T0, FIRST, UNITS,
     H: tl.constexpr, HP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, MAX: tl.constexpr, ROUND: tl.constexpr, LARGEST: tl.constexpr,
-    UNIT: tl.constexpr, PAGE: tl.constexpr,
+    UNIT: tl.constexpr, PAGE: tl.constexpr, PROB: tl.constexpr,
 ):  # fmt: skip
     # BM rows of queries and heads, heads innermost; BQ queries; BB whole query blocks
     BQ: tl.constexpr = BM // HP
@@ -90,6 +90,9 @@ def _scores_kernel(
         # [BM, BD]
         b_q = tl.load(iq + i_b * sq_b + (o_t * sq_t + o_h * sq_h)[:, None] + o_d[None, :], mask=m_r[:, None] & (o_d < D)[None, :], other=0.0)
         p_s = scores + (i_b * CHUNK + o_bb) * UNITS * UNIT
+        if PROB:
+            # [BQ]
+            b_norm = tl.load(norms + i_b * sn_b + i_m * BQ + tl.arange(0, BQ))
         for n in range(begin, end, BN):
             o_n = n + o_bn
             # [BN]; where the keys lie
@@ -109,13 +112,18 @@ def _scores_kernel(
             elif GREATEST:
                 # rounding and a positive scale keep the order: only the greatest is scaled and rounded
                 b_s = tl.dot(b_k, tl.trans(b_q), max_num_imprecise_acc=0)
-                b_s = _rounded(tl.max(tl.reshape(b_s, [BN, BB, G]), 2) * scale, ROUND, LARGEST)
+                if PROB:
+                    b_s = _rounded(tl.max(tl.reshape(b_s * scale - b_norm[None, :], [BN, BB, G]), 2), ROUND, LARGEST)
+                else:
+                    b_s = _rounded(tl.max(tl.reshape(b_s, [BN, BB, G]), 2) * scale, ROUND, LARGEST)
                 tl.store(p_s[None, :] + o_n[:, None], b_s, mask=(o_bb < CHUNK)[None, :] & m_n[:, None])
             else:
                 # [BN, BM]: what is summed lies beside each other
                 b_s = tl.dot(b_k, tl.trans(b_q), max_num_imprecise_acc=0) * scale
                 if HP > 1:
                     b_s = tl.sum(tl.reshape(tl.where(b_s > 0, b_s, 0.0), [BN, BQ, HP]), 2)
+                if PROB:
+                    b_s = b_s - b_norm[None, :]
                 b_s = _rounded(b_s, ROUND, LARGEST)
                 if G > 1:
                     b_s = tl.reshape(b_s.to(tl.float32), [BN, BB, G])
@@ -128,6 +136,58 @@ def _scores_kernel(
                         existing = tl.maximum(tl.sum(m_q.to(tl.float32), 1), 1.0)
                         b_s = tl.div_rn(tl.sum(b_s, 2), tl.broadcast_to(existing[None, :], [BN, BB]))
                 tl.store(p_s[None, :] + o_n[:, None], b_s, mask=(o_bb < CHUNK)[None, :] & m_n[:, None])
+
+
+@triton.jit(
+    do_not_specialize=["sp_b", "TQ", "CHUNK", "BLOCK0", "T0", "FIRST", "ROWS"],
+    do_not_specialize_on_alignment=["pages"],
+)
+@no_type_check
+def _norms_kernel(
+    iq, ik, stops, pages, norms, scale,
+    sq_b, sq_t, sq_h, sk_b, sk_n, sp_b,
+    TQ, CHUNK, BLOCK0, T0, FIRST, ROWS,
+    H: tl.constexpr, HP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    # logarithm of the sum of a query's exponentiated scores over the part of its block's candidates that this program walks
+    BQ: tl.constexpr = BM // HP
+    i_n, i_m, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    o_q = i_m * BQ + tl.arange(0, BQ)
+    # [BQ]
+    b_stop = tl.load(stops + BLOCK0 + tl.minimum(o_q // G, CHUNK - 1))
+    begin = FIRST // BN * BN + i_n * TILES * BN
+    end = tl.minimum(begin + TILES * BN, tl.max(b_stop, 0))
+    if begin < end:
+        o_r, o_d, o_bn = tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BN)
+        # an absent query stands in for the nearest of its block
+        o_t = tl.minimum(tl.maximum((T0 + i_m * BQ + o_r // HP).to(tl.int64), 0), TQ - 1)
+        o_h = o_r % HP
+        b_q = tl.load(iq + i_b * sq_b + (o_t * sq_t + o_h * sq_h)[:, None] + o_d[None, :], mask=(o_h < H)[:, None] & (o_d < D)[None, :], other=0.0)
+        b_max = tl.full([BQ], float("-inf"), tl.float32)
+        b_sum = tl.zeros([BQ], tl.float32)
+        for n in range(begin, end, BN):
+            o_n = n + o_bn
+            if PAGE:
+                o_page = tl.load(pages + i_b * sp_b + o_n // PAGE, mask=o_n < end, other=0).to(tl.int64)
+                o_k = o_page * sk_b + (o_n % PAGE).to(tl.int64) * sk_n
+            else:
+                o_k = i_b * sk_b + o_n.to(tl.int64) * sk_n
+            b_k = tl.load(ik + o_k[:, None] + o_d[None, :], mask=(o_n < end)[:, None] & (o_d < D)[None, :], other=0.0).to(b_q.dtype)
+            # [BN, BQ]
+            b_s = tl.dot(b_k, tl.trans(b_q), max_num_imprecise_acc=0) * scale
+            if HP > 1:
+                b_s = tl.sum(tl.reshape(tl.where(b_s > 0, b_s, 0.0), [BN, BQ, HP]), 2)
+            # NaN counts for nothing, and so leaves the other scores of its query alone
+            m_s = (o_n >= FIRST)[:, None] & (o_n[:, None] < b_stop[None, :]) & (b_s == b_s)
+            b_s = tl.where(m_s, b_s, float("-inf"))
+            b_new = tl.maximum(b_max, tl.max(b_s, 0))
+            # before its first candidate a query has no maximum
+            b_base = tl.where(b_new > float("-inf"), b_new, 0.0)
+            b_sum = b_sum * tl.exp(b_max - b_base) + tl.sum(tl.exp(b_s - b_base[None, :]), 0)
+            b_max = b_new
+        b_norm = tl.where(b_sum > 0, b_max + tl.log(tl.maximum(b_sum, 1e-30)), float("-inf"))
+        tl.store(norms + (i_b * tl.num_programs(0) + i_n) * ROWS + o_q, b_norm)
 
 
 @triton.jit
@@ -218,7 +278,7 @@ def _tile(rule: SupportRule, heads: int, dim: int, reduce: str | None) -> _Tile:
     """At least the rows of one query block, and no more keys than shared memory holds."""
     together = _together(rule, reduce)
     bd = max(next_power_of_2(dim), 32)
-    if reduce == "max" and heads == 1 < together and bd in GREATEST:
+    if reduce != "mean" and heads == 1 < together and bd in GREATEST:
         return GREATEST[bd]
     rows = together * next_power_of_2(heads)
     tile = PLAIN if rows == 1 else REDUCED
@@ -235,12 +295,19 @@ def _score(
     rows, keys, warps, stages = _tile(rule, H, D, reduce)
     first = rule.sink_tokens // rule.granularity.kv_block
     grid = cdiv(stop - first // keys * keys, WALK), cdiv(scores.shape[1], rows // (hp * g)), B
+    strides = *iq.stride()[:3], *ik.stride()[:2], 0 if pages is None else pages.stride(0)
+    where = TQ, scores.shape[1], block, block * g - q_start % g, first
+    shape = {
+        "H": H, "HP": hp, "G": g, "D": D, "BD": max(next_power_of_2(D), 32), "BM": rows, "BN": keys, "TILES": WALK // keys,
+        "PAGE": 0 if pages is None else ik.shape[1], "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
+    table, norms = stops if pages is None else pages, scores
+    if probable := reduce == "max_prob" and g > 1:
+        parts = torch.full((B, grid[0], grid[1] * rows // hp), float("-inf"), dtype=torch.float32, device=iq.device)
+        _norms_kernel[grid](iq, ik, stops, table, parts, D**-0.5, *strides, *where, parts.shape[2], **shape)
+        norms = parts.logsumexp(1)
     _scores_kernel[grid](
-        iq, ik, stops, stops if pages is None else pages, scores, D**-0.5,
-        *iq.stride()[:3], *ik.stride()[:2], 0 if pages is None else pages.stride(0),
-        TQ, scores.shape[1], block, block * g - q_start % g, first, scores.shape[2] // UNIT,
-        H=H, HP=hp, G=g, D=D, BD=max(next_power_of_2(D), 32), BM=rows, BN=keys, TILES=WALK // keys, MAX=reduce == "max",
-        ROUND=getattr(tl, str(score_dtype).removeprefix("torch.")),
-        LARGEST=min(torch.finfo(score_dtype).max, torch.finfo(torch.float32).max), UNIT=UNIT,
-        PAGE=0 if pages is None else ik.shape[1], num_warps=warps, num_stages=stages,
+        iq, ik, stops, table, norms, scores, D**-0.5, *strides, norms.stride(0), *where, scores.shape[2] // UNIT,
+        **shape, MAX=reduce != "mean", ROUND=getattr(tl, str(score_dtype).removeprefix("torch.")),
+        LARGEST=min(torch.finfo(score_dtype).max, torch.finfo(torch.float32).max), UNIT=UNIT, PROB=probable,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from topmass.ops.index_topk.reference import FLOAT8, index_topk_reference, mean_
 
 __all__ = ["Reduce", "check_index", "index_topk"]
 
-Reduce = Literal["mean", "max"]
+Reduce = Literal["mean", "max", "max_prob"]
 
 _dispatch.register("index_topk", _dispatch.KernelBackend(name="reference", fn=index_topk_reference))
 register_triton("index_topk", "topmass.ops.index_topk._triton", "index_topk_triton")
@@ -55,7 +55,9 @@ def index_topk(
         window: Keys always read up to and including the query's own, in tokens, inside the budget.
         dense_below: Queries that see at most this many keys read them all.
         q_start: Position of the first query.
-        reduce: Score of a query block from its existing queries.
+        reduce: Score of a query block from its existing queries. `"max_prob"` is the greatest probability that one of them gives
+            the group, by the softmax of its scores over the block's candidates: scores of different queries have no common
+            zero, so that one query's keys can crowd out another's under `"max"`.
         score_dtype: Dtype that scores are rounded to. `None` is float16, or float64 for float64 inputs.
         page_table: Which page of `ik`, then a pool of pages `[pages, page_groups, dim]`, holds the groups
             `i * page_groups ...` of each sequence. `None` means that `ik` holds one sequence per row.

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from topmass.core.granularity import split_queries
@@ -128,23 +128,36 @@ def _select(
     scores = sum_heads(index_logits(iq, ik))
     if bool(scores.isnan().any()):
         raise DataError("The indexer's scores hold NaN: check its weights and the hidden states it is given.")
+    group = torch.arange(ik.shape[1], device=ik.device)
+    candidate = (group >= first) & (group < stop.to(ik.device)[:, None])
+    if reduce == "max_prob":
+        scores = _log_probabilities(scores, candidate, rule.granularity.q_block, q_start)
     largest = min(torch.finfo(score_dtype).max, torch.finfo(scores.dtype).max)
     scores = scores.clamp(-largest, largest).to(score_dtype).to(scores.dtype)
     pooled = scores[:, None] if reduce is None else _reduce(scores[:, None], rule, q_start, reduce)
     mass = None
     if rule.budget is not None and rule.budget.mass is not None:
-        group = torch.arange(ik.shape[1], device=ik.device)
-        candidate = (group >= first) & (group < stop.to(ik.device)[:, None])
         # a block without candidates has a row of NaN
         mass = pooled.masked_fill(~candidate, float("-inf")).softmax(-1).masked_fill(~candidate, 0.0)
     return topk_support(pooled, rule=rule, q_start=q_start, q_len=q_len, mass=mass, has_rest=False)
+
+
+def _log_probabilities(
+    scores: Float[Tensor, "batch rows groups"], candidate: Bool[Tensor, "q_blocks groups"], q_block: int, q_start: int
+) -> Float[Tensor, "batch rows groups"]:
+    """Logarithm of the softmax of each query's scores over the candidates of its block; `-inf` elsewhere."""
+    row = torch.arange(q_start, q_start + scores.shape[1], device=scores.device)
+    own = candidate[row // q_block - q_start // q_block]
+    logs = scores.masked_fill(~own, float("-inf")).log_softmax(-1)
+    # without a candidate all of a row is NaN
+    return logs.masked_fill(~own, float("-inf"))
 
 
 def _reduce(
     scores: Float[Tensor, "batch 1 rows groups"], rule: SupportRule, q_start: int, reduce: str
 ) -> Float[Tensor, "batch 1 q_blocks groups"]:
     g = rule.granularity.q_block
-    if reduce == "max" and g > 1:
+    if reduce != "mean" and g > 1:
         before = q_start % g
         after = -(before + scores.shape[2]) % g
         return F.pad(scores, (0, 0, before, after), value=float("-inf")).unflatten(2, (-1, g)).amax(3)

@@ -1,0 +1,108 @@
+"""How a block of queries should be scored: the shipped indexer with one selection for 32 queries, reduced in each way.
+
+    PYTHONPATH=src python recipes/indexer/sharing.py --haystacks 20 --out benchmarks/indexer-sharing     # two CPU cores: half an hour
+
+The five tasks of the ablations at one length, 7/64 and 1/64 of the context in the two full-attention layers (1/16 of it in each with `--shares 1/16`), dense
+attention and the same indexer per query beside it on the same samples. Prints points below dense and what each way gains over `max`, paired. The
+same command goes on where it was stopped.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from common import COUNTING, TELLING, Shares
+from compared import SHARED
+
+import topmass
+from topmass.core.granularity import Granularity
+from topmass.integrations.transformers.load import describe_device, weights_hash
+from topmass.ops.index_topk.interface import Reduce
+from topmass.results import Run, load_run, make_manifest
+from topmass.results.stats import macro_mean
+
+PER_QUERY = "per query"
+
+
+def selectors(indexer: topmass.Indexer, shares: Shares, length: int, ways: Sequence[Reduce]) -> dict[str, Any]:
+    """Dense, the indexer per query, and shared in each way."""
+    layers = sorted(indexer.info.layers)
+    block = Granularity(q_block=SHARED, kv_block=indexer.info.kv_block)
+    # a block keeps room for its own queries and reads half of them on average: with this much more it reads as many keys
+    wider = shares.budget(length, layers, extra=SHARED // 2)
+    return {
+        "dense": topmass.DenseSelector(),
+        PER_QUERY: indexer.selector(budget=shares.budget(length, layers)),
+        **{how: indexer.reducing(how).selector(budget=wider, granularity=block) for how in ways},
+    }
+
+
+def told(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each way: its score, keys, and points below dense, then against the maximum."""
+    scores: dict[str, dict[tuple[str, int, int], float]] = {}
+    keys: dict[str, list[float]] = {}
+    for r in rows:
+        scores.setdefault(r["config"], {})[r["task"], r["haystack"], r["question_id"]] = r["score"]
+        keys.setdefault(r["config"], []).append(r["keys_read_mean"])
+    lines = []
+    for name, own in scores.items():
+        score = sum(own.values()) / len(own)
+        parts = [f"{name}: {100 * score:.1f} %, {sum(keys[name]) / len(keys[name]):.0f} keys a query"]
+        parts += [
+            f"minus {other} {points(own, scores[other])}"
+            for other in ("dense", "max")
+            if other in scores and other != name
+        ]
+        lines.append("; ".join(parts))
+    for task in (t for t in COUNTING if t in {r["task"] for r in rows}):
+        each = {n: [v for (t, *_), v in own.items() if t == task] for n, own in scores.items()}
+        lines.append(f"{task}: " + ", ".join(f"{n} {100 * sum(v) / len(v):.1f}" for n, v in each.items()))
+    return lines
+
+
+def points(own: Mapping[tuple[str, int, int], float], other: Mapping[tuple[str, int, int], float]) -> str:
+    """Mean over tasks of the paired difference, in points."""
+    strata: dict[str, tuple[list[float], list[int]]] = {}
+    for (task, haystack, question), value in own.items():
+        values, clusters = strata.setdefault(task, ([], []))
+        values.append(value - other[task, haystack, question])
+        clusters.append(haystack)
+    gap = macro_mean(strata, bounds=(-1.0, 1.0))
+    return f"{100 * gap.point:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/indexer-sharing"))
+    parser.add_argument("--tasks", nargs="+", default=list(TELLING))
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--haystacks", type=int, default=20)
+    parser.add_argument("--shares", type=Shares.parse, default=Shares.parse("7/64,1/64"))
+    parser.add_argument("--ways", nargs="+", choices=get_args(Reduce), default=["max", "max_prob"])
+    parser.add_argument("--seed", type=int, default=11, help="none that budget or indexer were chosen by")
+    args = parser.parse_args()
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = topmass.load_reference(device=where, dtype=torch.bfloat16 if where == "cuda" else torch.float32)
+    indexer = topmass.load_reference_indexer()
+    config = {**vars(args), "out": None, "shares": str(args.shares), "shared": SHARED, "indexer": indexer.digest}
+    facts = {"model": "reference", "weights_hash": weights_hash(model), "device": describe_device(model)}
+    with Run.open(args.out, make_manifest("eval", config, seeds={"samples": args.seed}, **facts)) as run:
+        topmass.evaluate(
+            model,
+            tokenizer,
+            tasks=args.tasks,
+            lengths=(args.length,),
+            n=args.haystacks,
+            seed=args.seed,
+            selectors=selectors(indexer, args.shares, args.length, args.ways),
+            run=run,
+            progress=lambda done, total, what: print(f"{done}/{total} {what}", flush=True),
+        )
+        run.finish()
+    print("\n".join(told(load_run(args.out).records)))
+
+
+if __name__ == "__main__":
+    main()
