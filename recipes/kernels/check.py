@@ -117,20 +117,34 @@ def exact(dtype: torch.dtype, heads: int, dims: tuple[int, ...]) -> Iterator[Fou
     yield Found(name, f"{len(different)} of {cases} cases differ from the reference {different or ''}", not different)
 
 
+def everything(unit: Granularity) -> SupportRule:
+    """The rule whose candidates are all complete groups."""
+    return SupportRule(budget=Budget(tokens=10**6), granularity=unit)
+
+
 def block_scores(queries: Tensor, keys: Tensor, unit: Granularity, reduce: str) -> Iterator[Tensor]:
-    """Scores of a sequence in float64, 1,024 blocks at a time: of the mean query of a block, or the maximum over its queries."""
+    """Scores of a sequence in float64, 1,024 blocks at a time: of the mean query of a block, or the maximum over its queries.
+
+    Under `max_prob` the maximum is over logarithms of probabilities, each query's over the candidates of its block.
+    """
     g = unit.q_block
+    starts = everything(unit).block_starts(0, len(queries), queries.device)
+    stops = everything(unit).candidate_range(starts)[1]
     if reduce == "mean":
         queries, g = mean_queries(queries[None, :, None], q_block=g, q_start=0)[0, :, 0], 1
     # a block that ends early repeats its last query
     queries = torch.cat([queries, queries[-1:].expand(-len(queries) % g, -1)]).double()
-    for part in queries.split(1024 * g):
-        yield (part @ keys.double().T / queries.shape[-1] ** 0.5).unflatten(0, (-1, g)).amax(1)
+    for part, stop in zip(queries.split(1024 * g), stops.split(1024), strict=True):
+        scores = (part @ keys.double().T / queries.shape[-1] ** 0.5).unflatten(0, (-1, g))
+        if reduce == "max_prob":
+            seen = torch.arange(scores.shape[-1], device=scores.device) < stop[:, None, None]
+            scores = scores.masked_fill(~seen, -torch.inf).log_softmax(-1)
+        yield scores.amax(1)
 
 
 def gap(iq: Tensor, ik: Tensor, support: Support, reduce: str) -> float:
     """How far the best group that was missed scores above the worst one taken, in places of float16; one head, first sequence."""
-    rule = SupportRule(budget=Budget(tokens=10**6), granularity=support.granularity)
+    rule = everything(support.granularity)
     stops = rule.candidate_range(rule.block_starts(0, iq.shape[1], iq.device))[1]
     worst, lo = 0.0, 0
     for scores in block_scores(iq[0, :, 0].float(), ik[0].float(), support.granularity, reduce):
@@ -332,6 +346,7 @@ PARTS: dict[str, Callable[[], Iterator[Found]]] = {
     "fp8-heads": lambda: exact(FLOAT8, 4, (64,)),
     "near-query": lambda: near(1, 1, 4, HALF),
     "near-shared": lambda: near(1, 32, 1, HALF, "max"),
+    "near-prob": lambda: near(1, 32, 1, HALF, "max_prob"),
     "near-mean": lambda: near(1, 32, 1, HALF),
     "near-heads": lambda: near(4, 1, 4, HALF),
     "near-query-fp8": lambda: near(1, 1, 4, FLOAT8),
