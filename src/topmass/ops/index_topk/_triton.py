@@ -95,12 +95,7 @@ def _scores_kernel(
             b_norm = tl.load(norms + i_b * sn_b + i_m * BQ + tl.arange(0, BQ))
         for n in range(begin, end, BN):
             o_n = n + o_bn
-            # [BN]; where the keys lie
-            if PAGE:
-                o_page = tl.load(pages + i_b * sp_b + o_n // PAGE, mask=o_n < stop, other=0).to(tl.int64)
-                o_k = o_page * sk_b + (o_n % PAGE).to(tl.int64) * sk_n
-            else:
-                o_k = i_b * sk_b + o_n.to(tl.int64) * sk_n
+            o_k = _places(pages, i_b, o_n, o_n < stop, sk_b, sk_n, sp_b, PAGE)
             # [BN, BD]; no query of the tile may read past `stop`
             b_k = tl.load(ik + o_k[:, None] + o_d[None, :], mask=(o_n < stop)[:, None] & (o_d < D)[None, :], other=0.0).to(b_q.dtype)
             m_n = o_n < UNITS * UNIT
@@ -168,11 +163,7 @@ def _norms_kernel(
         b_sum = tl.zeros([BQ], tl.float32)
         for n in range(begin, end, BN):
             o_n = n + o_bn
-            if PAGE:
-                o_page = tl.load(pages + i_b * sp_b + o_n // PAGE, mask=o_n < end, other=0).to(tl.int64)
-                o_k = o_page * sk_b + (o_n % PAGE).to(tl.int64) * sk_n
-            else:
-                o_k = i_b * sk_b + o_n.to(tl.int64) * sk_n
+            o_k = _places(pages, i_b, o_n, o_n < end, sk_b, sk_n, sp_b, PAGE)
             b_k = tl.load(ik + o_k[:, None] + o_d[None, :], mask=(o_n < end)[:, None] & (o_d < D)[None, :], other=0.0).to(b_q.dtype)
             # [BN, BQ]
             b_s = tl.dot(b_k, tl.trans(b_q), max_num_imprecise_acc=0) * scale
@@ -188,6 +179,18 @@ def _norms_kernel(
             b_max = b_new
         b_norm = tl.where(b_sum > 0, b_max + tl.log(tl.maximum(b_sum, 1e-30)), float("-inf"))
         tl.store(norms + (i_b * tl.num_programs(0) + i_n) * ROWS + o_q, b_norm)
+
+
+@triton.jit
+@no_type_check
+def _places(pages, i_b, o_n, m_n, sk_b, sk_n, sp_b, PAGE: tl.constexpr):
+    # [BN]; where the keys lie
+    if PAGE:
+        o_page = tl.load(pages + i_b * sp_b + o_n // PAGE, mask=m_n, other=0).to(tl.int64)
+        o_k = o_page * sk_b + (o_n % PAGE).to(tl.int64) * sk_n
+    else:
+        o_k = i_b * sk_b + o_n.to(tl.int64) * sk_n
+    return o_k
 
 
 @triton.jit
@@ -272,6 +275,8 @@ class _Tile(NamedTuple):
 # reduced to maxima, by padded head dimension
 PLAIN, REDUCED = _Tile(128, 64, 4, 3), _Tile(128, 64, 8, 2)
 GREATEST = {32: _Tile(256, 64, 4, 3), 64: _Tile(256, 64, 4, 3), 128: _Tile(256, 64, 8, 3)}
+# the same with a logarithm taken off: four warps would spill; not swept yet
+PROBABLE = _Tile(256, 64, 8, 3)
 
 
 def _tile(rule: SupportRule, heads: int, dim: int, reduce: str | None) -> _Tile:
@@ -279,7 +284,7 @@ def _tile(rule: SupportRule, heads: int, dim: int, reduce: str | None) -> _Tile:
     together = _together(rule, reduce)
     bd = max(next_power_of_2(dim), 32)
     if reduce != "mean" and heads == 1 < together and bd in GREATEST:
-        return GREATEST[bd]
+        return PROBABLE if reduce == "max_prob" else GREATEST[bd]
     rows = together * next_power_of_2(heads)
     tile = PLAIN if rows == 1 else REDUCED
     return tile._replace(rows=max(rows, tile.rows), keys=tile.keys if bd <= 128 else tile.keys // 2)
