@@ -1,6 +1,7 @@
 """The engine in float32: the tokens of transformers, whatever the scheduler does to a prompt."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -109,14 +110,17 @@ def test_a_prompt_s_last_token_alone_is_prefill(qwen3, engine):
     assert chunked.service.receipts.total.layers[0].sparse == 257 - 48
 
 
-def test_queries_that_share_are_those_of_transformers_where_no_block_is_cut(qwen3, engine):
+@pytest.mark.parametrize("reduce", ["max", "max_prob"])
+def test_queries_that_share_are_those_of_transformers_where_no_block_is_cut(qwen3, engine, tmp_path, reduce):
+    topmass.load_indexer(qwen3.indexer).reducing(reduce).save(tmp_path / "indexer")
+    model = replace(qwen3, indexer=tmp_path / "indexer")
     settings = {"granularity": {"q_block": 16}, "decode": "sparse", "budget": 48}
     unit = topmass.Granularity(q_block=16)
-    expected = [qwen3.generate(p, granularity=unit, decode="sparse", budget=48) for p in PROMPTS]
-    assert [engine(qwen3, settings).run(p)[0] for p in PROMPTS] == expected
-    chunked = engine(qwen3, settings, max_num_batched_tokens=64, max_num_seqs=8)
+    expected = [model.generate(p, granularity=unit, decode="sparse", budget=48) for p in PROMPTS]
+    assert [engine(model, settings).run(p)[0] for p in PROMPTS] == expected
+    chunked = engine(model, settings, max_num_batched_tokens=64, max_num_seqs=8)
     assert [chunked.run(p)[0] for p in PROMPTS] == expected
-    assert expected != [qwen3.generate(p, decode="sparse", budget=48) for p in PROMPTS]
+    assert expected != [model.generate(p, decode="sparse", budget=48) for p in PROMPTS]
 
 
 @pytest.mark.parametrize("decode", ["dense", "sparse"])
