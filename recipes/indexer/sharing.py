@@ -8,20 +8,20 @@ same command goes on where it was stopped.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from common import COUNTING, TELLING, Shares
+from common import TELLING, Shares
 from compared import SHARED
+from found import Found, means
 
 import topmass
 from topmass.core.granularity import Granularity
 from topmass.integrations.transformers.load import describe_device, weights_hash
 from topmass.ops.index_topk.interface import Reduce
 from topmass.results import Run, load_run, make_manifest
-from topmass.results.stats import macro_mean
 
 PER_QUERY = "per query"
 
@@ -39,38 +39,24 @@ def selectors(indexer: topmass.Indexer, shares: Shares, length: int, ways: Seque
     }
 
 
-def told(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for each way: its score, keys, and points below dense, then against the maximum."""
-    scores: dict[str, dict[tuple[str, int, int], float]] = {}
-    keys: dict[str, list[float]] = {}
-    for r in rows:
-        scores.setdefault(r["config"], {})[r["task"], r["haystack"], r["question_id"]] = r["score"]
-        keys.setdefault(r["config"], []).append(r["keys_read_mean"])
+def told(found: Found, length: int) -> list[str]:
+    """A line for each way: its score, keys, and points beside dense attention and beside the maximum; then by task."""
     lines = []
-    for name, own in scores.items():
-        score = sum(own.values()) / len(own)
-        parts = [f"{name}: {100 * score:.1f} %, {sum(keys[name]) / len(keys[name]):.0f} keys a query"]
-        parts += [
-            f"minus {other} {points(own, scores[other])}"
-            for other in ("dense", "max")
-            if other in scores and other != name
+    for name in found.labels:
+        score = found.score(name, length)
+        parts = [
+            f"{name}: {100 * score.point:.1f} %" if score else name,
+            f"{found.keys(name, length):.0f} keys a query",
         ]
+        for other in ("dense", "max"):
+            gap = found.difference(name, other, [length]) if name != other else None
+            if gap is not None:
+                parts.append(f"minus {other} {100 * gap.point:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]")
         lines.append("; ".join(parts))
-    for task in (t for t in COUNTING if t in {r["task"] for r in rows}):
-        each = {n: [v for (t, *_), v in own.items() if t == task] for n, own in scores.items()}
-        lines.append(f"{task}: " + ", ".join(f"{n} {100 * sum(v) / len(v):.1f}" for n, v in each.items()))
+    for task in found.tasks:
+        each = means(found.rows[length], [task])
+        lines.append(f"{task}: " + ", ".join(f"{name} {100 * value:.1f}" for name, value in each.items()))
     return lines
-
-
-def points(own: Mapping[tuple[str, int, int], float], other: Mapping[tuple[str, int, int], float]) -> str:
-    """Mean over tasks of the paired difference, in points."""
-    strata: dict[str, tuple[list[float], list[int]]] = {}
-    for (task, haystack, question), value in own.items():
-        values, clusters = strata.setdefault(task, ([], []))
-        values.append(value - other[task, haystack, question])
-        clusters.append(haystack)
-    gap = macro_mean(strata, bounds=(-1.0, 1.0))
-    return f"{100 * gap.point:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]"
 
 
 def main() -> None:
@@ -101,7 +87,7 @@ def main() -> None:
             progress=lambda done, total, what: print(f"{done}/{total} {what}", flush=True),
         )
         run.finish()
-    print("\n".join(told(load_run(args.out).records)))
+    print("\n".join(told(Found([load_run(args.out)]), args.length)))
 
 
 if __name__ == "__main__":

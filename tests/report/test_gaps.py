@@ -82,6 +82,21 @@ def test_sharing_is_compared_at_equal_achieved_keys(cells, setting, make_run) ->
     assert gap.reason == "at 120 achieved keys"
 
 
+def test_blocks_that_are_scored_in_two_ways_are_two_settings(cells, setting, make_run) -> None:
+    rows = [row | {"reduce": "max" if row["q_block"] > 1 else None} for row in rows_of(setting, cells)]
+    better = rows_of(setting, [("indexer", 256, 16, 120, 0.8)])
+    rows += [row | {"reduce": "max_prob", "config": "better"} for row in better]
+
+    table = EvalTable([make_run("eval", rows)])
+    gaps = [g for g in find_gaps(table, LENGTHS) if g.name == "sharing"]
+
+    found = {g.served.reduce: g.interval.point for g in gaps}
+    assert found.keys() == {"max", "max_prob"}
+    # against one setting per query
+    assert found["max"] - found["max_prob"] == pytest.approx(exact(rows, "better", "indexer 256 16"))
+    assert {g.served.notes for g in gaps} == {"", ", by max_prob"}
+
+
 def test_sharing_at_a_measured_number_of_keys_needs_no_interpolation(cells, setting, make_run) -> None:
     rows = rows_of(setting, [*cells[:-1], ("indexer", 256, 16, 60.3, 0.5)])
     gap = points(find_gaps(EvalTable([make_run("eval", rows)]), LENGTHS), "sharing", q_block=16)

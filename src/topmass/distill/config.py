@@ -39,7 +39,7 @@ class DistillConfig:
         features: What the projections read: the layer's attention input, or its own queries and keys.
         q_block: Queries that will share one selection.
         kv_block: Keys pooled into one index key.
-        reduce: Score of a query block from its queries.
+        reduce: Score of a query block from its queries, as it will be served; `max_prob` needs `q_block=1` in training.
         pool: Target of a key group from its tokens.
         sink: Keys that will always be read at the start.
         window: Keys that will always be read up to and including the query's own.

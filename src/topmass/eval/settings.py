@@ -44,6 +44,7 @@ def columns(selector: Selector | Infeasible) -> dict[str, Any]:
         "kv_block": config.get("kv_block", 1),
         "share": config.get("share", "layer"),
         "pool": config.get("pool", "sum"),
+        "reduce": config.get("reduce") if config.get("q_block", 1) > 1 else None,
         "sink": config.get("sink", 0),
         "window": window,
     }
@@ -60,6 +61,8 @@ def label(selector: Selector | Infeasible) -> str:
     if c["selector"] == "dense":
         return "dense"
     extra = "".join(f" {k}={c[k]}" for k, usual in (("pool", "sum"), ("sink", 0), ("window", 1)) if c[k] != usual)
+    if c["reduce"] not in (None, "max"):
+        extra += f" {c['reduce']}"
     if below := _config(selector).get("dense_below", 0):
         extra += f" d{below}"
     return f"{c['selector']} b={c['budget']} q{c['q_block']} k{c['kv_block']} {c['share']}{extra}"

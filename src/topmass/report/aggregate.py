@@ -33,6 +33,7 @@ class Setting:
     window: int
     dense_below: int = 0
     decode: str = "dense"
+    reduce: str = "max"
 
     @classmethod
     def of(cls, row: Row) -> "Setting":
@@ -54,18 +55,27 @@ class Setting:
         """Whether the selection looks at no later query."""
         return self.q_block == 1 or self.selector in {"dense", "streaming", "random"}
 
+    def alone(self) -> "Setting":
+        """The setting with a selection for every query."""
+        return replace(self, q_block=1, reduce="max")
+
+    def oracle(self) -> "Setting":
+        """The oracle in the place of this selector."""
+        return replace(self, selector="oracle", reduce="max")
+
     @property
-    def kept_dense(self) -> str:
-        """What a name adds for `dense_below`; empty where that is 0.
+    def notes(self) -> str:
+        """What a name adds for `reduce` and `dense_below`; empty where they are the usual ones.
 
         Example:
             >>> s = Setting(
             ...     selector="random", budget="64", q_block=1, kv_block=1, share="layer", pool="sum", sink=0, window=1
             ... )
-            >>> s.kept_dense, replace(s, dense_below=1024).kept_dense
-            ('', ', dense below 1024')
+            >>> s.notes, replace(s, dense_below=1024).notes, replace(s, reduce="max_prob").notes
+            ('', ', dense below 1024', ', by max_prob')
         """
-        return f", dense below {self.dense_below}" if self.dense_below else ""
+        by = f", by {self.reduce}" if self.reduce != "max" else ""
+        return f"{by}, dense below {self.dense_below}" if self.dense_below else by
 
     def family(self) -> "Setting":
         """The setting without its budget, which for a streaming selector is its sink and window."""
@@ -107,7 +117,9 @@ class Cell:
 
 @functools.lru_cache(maxsize=4096)
 def _setting(columns: tuple[tuple[str, Any], ...]) -> Setting:
-    return Setting(**dict(columns))
+    # what older records do not say, and what says nothing of this selector, is the default
+    known: dict[str, Any] = {name: value for name, value in columns if value is not None or name == "budget"}
+    return Setting(**known)
 
 
 def _by_layer(budget: str | None) -> dict[str, str]:
@@ -400,6 +412,7 @@ def _setting_order(setting: Setting) -> tuple[Any, ...]:
         setting.pool,
         setting.dense_below,
         setting.decode,
+        setting.reduce,
     )
 
 
@@ -409,7 +422,16 @@ def _plainest(settings: Iterable[Setting]) -> Setting | None:
 
 
 def _plainness(s: Setting) -> tuple[Any, ...]:
-    return s.decode != "dense", s.dense_below, s.share != "layer", s.pool != "sum", s.sink, s.window, s.kv_block
+    return (
+        s.decode != "dense",
+        s.dense_below,
+        s.share != "layer",
+        s.pool != "sum",
+        s.reduce != "max",
+        s.sink,
+        s.window,
+        s.kv_block,
+    )
 
 
 def _sample(row: Row) -> Sample:

@@ -160,7 +160,7 @@ def _notes(evals: EvalTable, audits: AuditTable, runs: Sequence[LoadedRun]) -> l
 
 
 def _variant(s: Setting) -> str:
-    return f"share={s.share}, pool={s.pool}, sink={s.sink}, window={s.window}, decode={s.decode}{s.kept_dense}"
+    return f"share={s.share}, pool={s.pool}, sink={s.sink}, window={s.window}, decode={s.decode}{s.notes}"
 
 
 def _environments(run: LoadedRun) -> int:

@@ -225,7 +225,7 @@ def _setting(s: Setting) -> list[str]:
     return [
         label_of(s.selector),
         budget_name(s.budget),
-        granularity_words(s.granularity) + s.kept_dense + note,
+        granularity_words(s.granularity) + s.notes + note,
         s.share,
         str(s.sink),
         str(s.window),

@@ -251,7 +251,7 @@ def gap_bars(gaps: Sequence[Gap], title: str) -> alt.TopLevelMixin | None:
             "served": (g.served.budget or "").removeprefix("plan(").removesuffix(")")
             + (f", {g.served.q_block}, share" if g.served.q_block > 1 else "")
             + (f", groups, of {g.served.kv_block}" if g.served.kv_block > 1 else "")
-            + g.served.kept_dense,
+            + g.served.notes,
             "gap": f"{g.name} gap" if g.name != "total" else "dense minus served",
             "point": 100 * g.interval.point,
             "low": 100 * _or(g.interval.low, g.interval.point),

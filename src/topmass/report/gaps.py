@@ -45,8 +45,8 @@ def find_gaps(table: EvalTable, lengths: Sequence[int]) -> list[Gap]:
 
 
 def _steps(table: EvalTable, lengths: Sequence[int], dense: Setting, served: Setting) -> list[Gap]:
-    alone = replace(served, q_block=1)
-    oracle = replace(alone, selector="oracle")
+    alone = served.alone()
+    oracle = alone.oracle()
     steps = [
         _gap(table, "oracle", served, {n: {dense: 1.0, oracle: -1.0} for n in lengths}),
         _gap(table, "indexer", served, {n: {oracle: 1.0, alone: -1.0} for n in lengths}),
@@ -85,7 +85,7 @@ def _sharing(table: EvalTable, lengths: Sequence[int], served: Setting) -> Gap:
 
 def _interpolated(table: EvalTable, length: int, served: Setting, keys: float) -> dict[Setting, float] | None:
     """Weights of the per-query settings around `keys` achieved keys."""
-    cells = table.cells(lambda s: replace(s, budget=None) == replace(served, budget=None, q_block=1))
+    cells = table.cells(lambda s: replace(s, budget=None) == replace(served.alone(), budget=None))
     cells = [c for c in cells if c.length == length]
     near = min(cells, key=lambda c: abs(c.keys - keys), default=None)
     if near is None:

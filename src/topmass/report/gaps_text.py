@@ -31,16 +31,16 @@ def _answer(table: EvalTable, length: int) -> str:
     lost = [("the budget", found.get((chosen, "oracle"))), ("the indexer", found[chosen, "indexer"])]
     lost += [(f"sharing by {s.q_block}", found[s, "sharing"]) for s in shared]
     parts = [f"{points(i.point)} to {what} ({points(i.low)} to {points(i.high)})" for what, i in lost if i]
-    where = f"At {tokens(length)} tokens and {budget_words(chosen)} per query{chosen.kept_dense}"
+    where = f"At {tokens(length)} tokens and {budget_words(chosen)} per query{chosen.notes}"
     return f"{where}, points lost with 95 % intervals: {', '.join(parts)}."
 
 
 def _shares(table: EvalTable, length: int, shared: Setting, alone: Setting) -> bool:
     """Whether `shared` is `alone` with queries that share: at its budget, or at one that reads as many keys."""
-    if replace(shared, q_block=1) == alone:
+    if shared.alone() == alone:
         return True
     cells = [table.cell(length, s) for s in (shared, alone)]
-    same = replace(shared, q_block=1, budget=None) == replace(alone, budget=None)
+    same = replace(shared.alone(), budget=None) == replace(alone, budget=None)
     read = [c.keys for c in cells if c is not None]
     return same and len(read) == 2 and abs(read[0] - read[1]) <= NEAR * read[1]
 
@@ -80,7 +80,7 @@ def _table(table: EvalTable, gaps: Sequence[Gap], lengths: Sequence[int], where:
         rows.append(
             [
                 budget_name(served.budget),
-                granularity_words(served.granularity) + served.kept_dense,
+                granularity_words(served.granularity) + served.notes,
                 *(_gap(mine.get(name)) for name in ("oracle", "indexer", "sharing", "realization", "total")),
                 f"{sum(known) / len(known):.3f}" if known else "",
             ]
@@ -111,7 +111,7 @@ def _by_task(table: EvalTable, gaps: Sequence[Gap], lengths: Sequence[int], wher
     for task in table.tasks:
         found = []
         for s in served:
-            oracle = replace(s, selector="oracle")
+            oracle = s.oracle()
             terms = [{n: {dense: 1.0, oracle: -1.0} for n in lengths}, {n: {oracle: 1.0, s: -1.0} for n in lengths}]
             found += [interval_points(table.contrast(t, task)) for t in terms if dense is not None]
         rows.append([task, *found])
@@ -126,4 +126,4 @@ def _by_task(table: EvalTable, gaps: Sequence[Gap], lengths: Sequence[int], wher
 
 def _served_name(s: Setting) -> str:
     groups = f" in groups of {s.kv_block}" if s.kv_block > 1 else ""
-    return f"{budget_name(s.budget)} keys{groups}{s.kept_dense}"
+    return f"{budget_name(s.budget)} keys{groups}{s.notes}"

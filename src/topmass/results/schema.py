@@ -79,6 +79,14 @@ _SETTING = (
     _column(
         "pool", "str", "", "How a group's score is made from its tokens: sum or max (oracle and previous_layer only)."
     ),
+    _column(
+        "reduce",
+        "str",
+        "",
+        "How an indexer scores queries that share: max, max_prob or mean; null where none share, for other selectors, and before "
+        "it was recorded.",
+        nullable=True,
+    ),
     _column("sink", "int", "tokens", "Keys always kept at the start, counted inside the budget."),
     _column("window", "int", "tokens", "Keys always kept just before the query, itself included."),
 )
