@@ -14,11 +14,10 @@ from typing import Any, get_args
 
 import torch
 from common import TELLING, Shares
-from compared import SHARED
+from compared import SHARED, roles
 from found import Found, means
 
 import topmass
-from topmass.core.granularity import Granularity
 from topmass.integrations.transformers.load import describe_device, weights_hash
 from topmass.ops.index_topk.interface import Reduce
 from topmass.results import Run, load_run, make_manifest
@@ -28,15 +27,9 @@ PER_QUERY = "per query"
 
 def selectors(indexer: topmass.Indexer, shares: Shares, length: int, ways: Sequence[Reduce]) -> dict[str, Any]:
     """Dense, the indexer per query, and shared in each way."""
-    layers = sorted(indexer.info.layers)
-    block = Granularity(q_block=SHARED, kv_block=indexer.info.kv_block)
-    # a block keeps room for its own queries and reads half of them on average: with this much more it reads as many keys
-    wider = shares.budget(length, layers, extra=SHARED // 2)
-    return {
-        "dense": topmass.DenseSelector(),
-        PER_QUERY: indexer.selector(budget=shares.budget(length, layers)),
-        **{how: indexer.reducing(how).selector(budget=wider, granularity=block) for how in ways},
-    }
+    own = roles(indexer, shares, length)
+    shared = {how: roles(indexer.reducing(how), shares, length)["indexer shared"] for how in ways}
+    return {"dense": own["dense"], PER_QUERY: own["indexer"], **shared}
 
 
 def told(found: Found, length: int) -> list[str]:

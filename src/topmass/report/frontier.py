@@ -392,7 +392,7 @@ def _serves(digest: str, point: Point) -> bool:
     s = point.setting
     names = ("budget", "q_block", "kv_block", "share", "sink", "window", "dense_below")
     config = {name: getattr(s, name) for name in names} | {"selector": "indexer", "indexer": digest}
-    # as topmass.selection.Selector.fingerprint, which needs torch; a row does not hold how queries are reduced
+    # as topmass.selection.Selector.fingerprint, which needs torch; a row without sharing does not hold how queries would be reduced
     texts = [json.dumps(config | {"reduce": reduce}, sort_keys=True) for reduce in ("max", "max_prob", "mean")]
     return point.fingerprint in {hashlib.sha256(text.encode()).hexdigest()[:12] for text in texts}
 

@@ -128,18 +128,28 @@ def _select(
     scores = sum_heads(index_logits(iq, ik))
     if bool(scores.isnan().any()):
         raise DataError("The indexer's scores hold NaN: check its weights and the hidden states it is given.")
-    group = torch.arange(ik.shape[1], device=ik.device)
-    candidate = (group >= first) & (group < stop.to(ik.device)[:, None])
+    by_mass = rule.budget is not None and rule.budget.mass is not None
+    candidate = _candidates(ik, first, stop) if by_mass or reduce == "max_prob" else None
     if reduce == "max_prob":
+        assert candidate is not None
         scores = _log_probabilities(scores, candidate, rule.granularity.q_block, q_start)
     largest = min(torch.finfo(score_dtype).max, torch.finfo(scores.dtype).max)
     scores = scores.clamp(-largest, largest).to(score_dtype).to(scores.dtype)
     pooled = scores[:, None] if reduce is None else _reduce(scores[:, None], rule, q_start, reduce)
     mass = None
-    if rule.budget is not None and rule.budget.mass is not None:
+    if by_mass:
+        assert candidate is not None
         # a block without candidates has a row of NaN
         mass = pooled.masked_fill(~candidate, float("-inf")).softmax(-1).masked_fill(~candidate, 0.0)
     return topk_support(pooled, rule=rule, q_start=q_start, q_len=q_len, mass=mass, has_rest=False)
+
+
+def _candidates(
+    ik: Float[Tensor, "batch groups dim"], first: int, stop: Int[Tensor, " q_blocks"]
+) -> Bool[Tensor, "q_blocks groups"]:
+    """Which groups each block chooses among."""
+    group = torch.arange(ik.shape[1], device=ik.device)
+    return (group >= first) & (group < stop.to(ik.device)[:, None])
 
 
 def _log_probabilities(
