@@ -120,15 +120,18 @@ class Session:
         self._capture, self._index, self._leave = capture or index is not None, index, leave
         # the forward that runs is left to the model's own attention
         self._left = False
-        # what its attention modules were called with, if it is of one generated token
-        self._token: list[tuple[nn.Module, dict[str, Any]]] | None = None
+        # hidden states and tables that its attention modules were called with, if it is of one generated token
+        self._token: dict[int, tuple[Tensor, Any]] | None = None
+        self._cache: Any = None
         # the cache that was checked last, which is its owner's to keep, and how many layers it had
         self._checked: tuple[Callable[[], Any], int] = (lambda: None), 0
         self._received: dict[int, LayerInputs] = {}
+        self._first = tuple(self.layers)[:1]
         self._turns = {i: self._family.uses_rope(m) for i, m in self.layers.items()}
         # by the identity of what modules are given, which is held so that it stays its own
         self._tables: dict[tuple[int, bool], tuple[Any, tuple[Tensor | None, Tensor | None]]] = {}
-        self._hooks: list[Any] = []
+        # where the configurations keep the name, which is written twice a forward
+        self._names: list[dict[str, Any] | None] = []
 
     def __enter__(self) -> "Session":
         if any(id(c) in _BY_CONFIG for c in self._configs):
@@ -143,27 +146,22 @@ class Session:
         for config in self._configs:
             config._attn_implementation = NAME
             _BY_CONFIG[id(config)] = self
-        for module in self.layers.values():
+        self._names = [c.__dict__ if _NAMED in c.__dict__ else None for c in self._configs]
+        for module in (self.decoder, *self.layers.values()):
             _BY_MODULE[id(module)] = self
-        self._hooks = [
-            self.decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            self.decoder.register_forward_hook(self._after_forward, always_call=True),
-        ]
+        _watch(self.decoder, _forward)
         for module in self.layers.values() if self._capture else ():
-            _watch(module)
+            _watch(module, _attend)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        for module in self.layers.values() if self._capture else ():
+        for module in (self.decoder, *self.layers.values()):
             _unwatch(module)
+            _BY_MODULE.pop(id(module), None)
         self._received.clear()
         self._tables.clear()
-        for module in self.layers.values():
-            _BY_MODULE.pop(id(module), None)
         for config, original in zip(self._configs, self._original, strict=True):
             config._attn_implementation = original
             _BY_CONFIG.pop(id(config), None)
@@ -180,8 +178,8 @@ class Session:
         """Attention implementation that `config` named before this session."""
         return next(o for c, o in zip(self._configs, self._original, strict=True) if c is config)
 
-    def _before_forward(self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kwargs = _by_name(module, args, kwargs)
+    def _before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kwargs = _by_name(self.decoder, args, kwargs)
         ids = kwargs.get("input_ids")
         given = ids if ids is not None else kwargs.get("inputs_embeds")
         if given is not None and given.shape[1] == 0:
@@ -199,19 +197,19 @@ class Session:
             self._check_cache(cache)
         self._received.clear()
         self._tables.clear()
-        start = 0 if cache is None else cache.get_seq_length(next(iter(self.layers)))
+        start = 0 if cache is None else cache.get_seq_length(*self._first)
         self._left = given is not None and self._leaves(given, mask, start)
         if self._left:
             self._name(self._original)
             if given is not None and given.shape[1] == 1 and start > 0:
-                self._token = []
+                self._token, self._cache = {}, cache
         self.attend.begin_forward()
 
     def _check_cache(self, cache: Any) -> None:
         layers = getattr(cache, "layers", ())
         known, held = self._checked
         # its layers go on together: a forward outside of the block shows in any of them
-        for layer in list(self.layers)[:1] if known() is cache and held == len(layers) else self.layers:
+        for layer in self._first if known() is cache and held == len(layers) else self.layers:
             _check_cache_layer(cache, layer)
             if self._index is not None:
                 self._index.check_cache(cache, layer)
@@ -229,19 +227,21 @@ class Session:
             return False
         return self._leave(batch, start, length)
 
-    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _after_forward(self) -> None:
         if self._left:
-            token, self._token, self._left = self._token, None, False
+            self._left = False
             self._name([NAME] * len(self._configs))
-            # together, and after the layers have run: a call a layer would cost as much again
-            self._wait(token or ())
+            if self._token is not None:
+                token, self._token = self._token, None
+                # together, and after the layers have run: a call a layer would cost as much again
+                self._wait(token)
             self._write_left()
 
     def _name(self, names: Iterable[str]) -> None:
-        for config, name in zip(self._configs, names, strict=True):
+        for config, held, name in zip(self._configs, self._names, names, strict=True):
             # the property checks and passes on to sub-configurations, which costs more than all else of a forward that is left
-            if _NAMED in config.__dict__:
-                config.__dict__[_NAMED] = name
+            if held is not None:
+                held[_NAMED] = name
             else:
                 config._attn_implementation = name
 
@@ -253,41 +253,35 @@ class Session:
                 self._index.extend(layer, inputs, inputs.hidden, later=True)
 
     def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if args:
-            kwargs = _by_name(module, args, kwargs)
-        if self._token is not None:
-            self._token.append((module, kwargs))
-            return
+        kwargs = _by_name(module, args, kwargs)
         if self._left:
             self._write_left()
         layer = self._layer_of[id(module)]
-        self._received[layer] = self._inputs(layer, module, kwargs)
+        self._received[layer] = self._inputs(layer, kwargs)
 
-    def _inputs(self, layer: int, module: nn.Module, kwargs: dict[str, Any]) -> LayerInputs:
-        cos, sin = self._rope_tables(layer, module, kwargs.get("position_embeddings"))
+    def _inputs(self, layer: int, kwargs: dict[str, Any]) -> LayerInputs:
+        cos, sin = self._rope_tables(layer, kwargs.get("position_embeddings"))
         cache = kwargs.get("past_key_values")
         return LayerInputs(hidden=kwargs["hidden_states"], cos=cos, sin=sin, cache=cache, pairs=self._family.pairs)
 
-    def _wait(self, token: Iterable[tuple[nn.Module, dict[str, Any]]]) -> None:
+    def _wait(self, token: dict[int, tuple[Tensor, Any]]) -> None:
         """Let a generated token wait for its index keys in every layer, or write the keys of all that wait there."""
-        index = self._index
+        index, (cache, self._cache) = self._index, (self._cache, None)
         if index is None:
             return
-        for module, kwargs in token:
-            cache, hidden = kwargs.get("past_key_values"), kwargs["hidden_states"]
-            if cache is None:
-                continue
-            layer = self._layer_of[id(module)]
-            tables = self._rope_tables(layer, module, kwargs.get("position_embeddings"))
-            if not index.wait(cache.layers[layer], hidden, *tables):
-                index.extend(layer, self._inputs(layer, module, kwargs), hidden, later=True)
+        for module, (hidden, tables) in token.items():
+            layer = self._layer_of[module]
+            cos, sin = self._rope_tables(layer, tables)
+            if not index.wait(cache.layers[layer], hidden, cos, sin):
+                inputs = LayerInputs(hidden=hidden, cos=cos, sin=sin, cache=cache, pairs=self._family.pairs)
+                index.extend(layer, inputs, hidden, later=True)
 
-    def _rope_tables(self, layer: int, module: nn.Module, given: Any) -> tuple[Tensor | None, Tensor | None]:
+    def _rope_tables(self, layer: int, given: Any) -> tuple[Tensor | None, Tensor | None]:
         # the layers of a forward are given the same tables
         key = id(given), self._turns[layer]
-        if key not in self._tables:
-            self._tables[key] = given, self._family.rope_tables(module, given)
-        return self._tables[key][1]
+        if (found := self._tables.get(key)) is None:
+            found = self._tables[key] = given, self._family.rope_tables(self.layers[layer], given)
+        return found[1]
 
     def run(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "batch kv_len"] | None, **settings: Any
@@ -321,27 +315,44 @@ class Session:
         return out
 
 
-def _watch(module: nn.Module) -> None:
-    """Tell the session of `module` what it is called with: as a hook does, whose price would be most of a short prompt's."""
+def _watch(module: nn.Module, watched: Callable[..., Any]) -> None:
+    """Let `watched` run `module`: hooks would do, and their price would be most of a short prompt's and of a token's."""
     own = module.__dict__.get("forward")
     # parts that a deep copy of the model copies, so that the copy calls its own
-    watched = functools.partial(_watched, module, own)
-    watched.__wrapped__ = module.forward  # type: ignore[attr-defined]
-    module.__dict__["forward"] = watched
+    part = functools.partial(watched, module, own)
+    part.__wrapped__ = module.forward  # type: ignore[attr-defined]
+    module.__dict__["forward"] = part
 
 
 def _unwatch(module: nn.Module) -> None:
-    watched: Any = module.__dict__.get("forward")
+    part: Any = module.__dict__.get("forward")
     # what somebody put around it stays, and finds no session
-    if getattr(watched, "func", None) is _watched:
+    if getattr(part, "func", None) in (_forward, _attend):
         del module.__dict__["forward"]
-        if watched.args[1] is not None:
-            module.__dict__["forward"] = watched.args[1]
+        if part.args[1] is not None:
+            module.__dict__["forward"] = part.args[1]
 
 
-def _watched(module: Any, own: Callable[..., Any] | None, /, *args: Any, **kwargs: Any) -> Any:
+def _forward(module: Any, own: Callable[..., Any] | None, /, *args: Any, **kwargs: Any) -> Any:
+    """Run a decoder between the start and the end of its session's forward."""
+    run = functools.partial(type(module).forward, module) if own is None else own
+    if (session := _BY_MODULE.get(id(module))) is None:
+        return run(*args, **kwargs)
+    session._before_forward(args, kwargs)
+    try:
+        return run(*args, **kwargs)
+    finally:
+        session._after_forward()
+
+
+def _attend(module: Any, own: Callable[..., Any] | None, /, *args: Any, **kwargs: Any) -> Any:
+    """Run an attention module, and tell its session what it is called with."""
     if (session := _BY_MODULE.get(id(module))) is not None:
-        session._before_attention(module, args, kwargs)
+        if (token := session._token) is not None:
+            given = _by_name(module, args, kwargs) if args else kwargs
+            token[id(module)] = given["hidden_states"], given.get("position_embeddings")
+        else:
+            session._before_attention(module, args, kwargs)
     return type(module).forward(module, *args, **kwargs) if own is None else own(*args, **kwargs)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -84,7 +85,7 @@ class _IndexedLayer:
     """
 
     index_rows: KeyRows | None = None
-    # positions after those of `index_rows`: a short prompt, generated ones
+    # positions after those of `index_rows`: several of a short prompt in the first, then one of a generated token each
     index_waiting: tuple[Waiting, ...] = ()
     index_owner: str = ""
 
@@ -92,7 +93,8 @@ class _IndexedLayer:
     def index_seen(self) -> int:
         """Positions that have an index key, or wait for one."""
         rows = 0 if self.index_rows is None else len(self.index_rows)
-        return rows + sum(x.features.shape[1] for x in self.index_waiting)
+        waiting = self.index_waiting
+        return rows + (waiting[0].positions + len(waiting) - 1 if waiting else 0)
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
@@ -193,7 +195,7 @@ class IndexKeys:
                 "The cache holds the index keys of another indexer; begin the prompt, with an empty cache, inside this block."
             )
 
-    @property
+    @cached_property
     def reads_hidden(self) -> bool:
         """Whether hidden states are all that the indexer reads."""
         return all(config.features == "hidden" for config in self._indexer.info.layers.values())
