@@ -1,15 +1,18 @@
 """What topmass costs where it does not help: short prompts that `dense_below` keeps dense, and generated tokens.
 
     PYTHONPATH=src python recipes/overhead.py --shape qwen3.5-9b --out overhead-qwen3.5-9b.json      # one GPU
-    PYTHONPATH=src python recipes/overhead.py --shape tiny --device cpu --dtype float32 --lengths 64 --prompts 64 --rounds 3 --bursts 2
+    PYTHONPATH=src python recipes/overhead.py --shape tiny --device cpu --dtype float32 --lengths 64 --prompts 64 --rounds 3 --cycles 2
 
 Prompts: the model as it is (`stock`), once more (`again`: what two equal ways differ by here), and inside `sparsify` with an
 indexer that keeps these lengths dense (`auto`). Generated tokens: the model as it is, twice, and inside `sparsify` with an indexer
-that ran the prompt sparse (`sparse`). Ways alternate prompt by prompt, and every 64 tokens, as many as wait for their index keys
-together, so that each time has its share of that; each way has a cache of its own. So whatever drifts hits all of them.
-Blocks are entered for each, and a few tokens run in them before the clock starts: a block stays open for many prompts where it is used.
-Weights and tokens are random; each line says the median, the median of the ratios to `stock` with its 95 % interval, and the same of
-the fastest tenth: where launches bound the time, a host with other work disturbs the median by more than what is looked for.
+that ran the prompt sparse (`sparse`). Ways alternate prompt by prompt, and every five tokens; each way has a cache of its own. So
+whatever drifts hits all of them. Blocks are entered for each, and a few tokens run in them before the clock starts: a block stays
+open for many prompts where it is used. Weights and tokens are random.
+
+Each line says the median, its ratio to `stock` with a 95 % interval, and the same of the fastest tenth: where launches bound the time,
+a host with other work disturbs the median by more than what is looked for. Of prompts the ratio is the median of those of the
+rounds. Of tokens, whose index keys wait and are written 65 at a time, each of the 65 has a median over the cycles, and
+their mean is a token's time: it has its share of the writing, and nothing of a token that somebody else's work made ten times as long.
 """
 
 import argparse
@@ -36,6 +39,8 @@ from topmass.integrations.transformers.index_keys import MOST_WAITING
 from topmass.integrations.transformers.linear import fast_linear_attention
 from topmass.integrations.transformers.load import describe_device
 
+# tokens until index keys are written, and those that a way generates in turn
+CYCLE, TURN = MOST_WAITING + 1, 5
 STOCK, AGAIN, AUTO, SPARSE = "stock", "again", "auto", "sparse"
 # share of the rounds that a busy host disturbed least
 FASTEST, RESAMPLES = 0.1, 2000
@@ -67,24 +72,30 @@ def prompts(model: Any, modes: dict[str, Mode], ids: torch.Tensor, rounds: int, 
     return alternate(modes, model, lambda _: answer, rounds, warm=3, before=lambda: begin(model, ids), end=end)
 
 
-def tokens(model: Any, modes: dict[str, Mode], ids: torch.Tensor, rounds: int, end: float = math.inf) -> Times:
-    """Milliseconds of a generated token after a prompt, by way, mean of `MOST_WAITING`; each way generates from its own cache."""
-    state = {}
+def tokens(
+    model: Any, modes: dict[str, Mode], ids: torch.Tensor, cycles: int, end: float = math.inf
+) -> dict[str, np.ndarray]:
+    """Milliseconds of generated tokens after a prompt, `[cycles, CYCLE]` by way; each way generates from its own cache.
+
+    The first cycle does not count. From the moment `end` on the cycles that there are will do, if they are `FEWEST`.
+    """
+    state, found = {}, {name: [] for name in modes}
     for name, mode in modes.items():
         with mode.running(model):
             state[name] = forward(model, ids, None)
-
-    def steps(name: str) -> Callable[[], None]:
-        def run() -> None:
-            logits, cache = state[name]
-            for _ in range(MOST_WAITING):
-                logits, cache = forward(model, logits.argmax(-1), cache)
-            state[name] = logits, cache
-
-        return run
-
-    found = alternate(modes, model, steps, rounds, warm=1, before=lambda: begin(model, ids), end=end)
-    return {name: [taken / MOST_WAITING for taken in times] for name, times in found.items()}
+    for cycle in range(1 + cycles):
+        if cycle > FEWEST and time.monotonic() > end:
+            break
+        for turn in range(CYCLE // TURN):
+            for name in rotation(list(modes), cycle * (CYCLE // TURN) + turn):
+                with modes[name].running(model):
+                    begin(model, ids)
+                    for _ in range(TURN):
+                        start = now(model.device)
+                        logits, cache = state[name]
+                        state[name] = forward(model, logits.argmax(-1), cache)
+                        found[name].append(now(model.device) - start)
+    return {name: np.reshape(times, (-1, CYCLE))[1:] for name, times in found.items()}
 
 
 def begin(model: Any, ids: torch.Tensor) -> None:
@@ -160,6 +171,24 @@ def told(times: Times) -> dict[str, dict[str, Any]]:
     return found
 
 
+def told_tokens(times: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """As `told`, with a token's time from cycles: intervals resample cycles, those of all ways together."""
+    count = len(times[STOCK])
+    drawn = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
+    found = {}
+    for name, values in times.items():
+        found[name] = {"rounds": count}
+        for words, q in (
+            (("milliseconds", "over_stock", "low", "high"), 0.5),
+            (("fastest", "fastest_over_stock", "fastest_low", "fastest_high"), FASTEST),
+        ):
+            of_draws = [np.quantile(x[drawn], q, axis=1).mean(1) for x in (values, times[STOCK])]
+            own, stock = (np.quantile(x, q, axis=0).mean() for x in (values, times[STOCK]))
+            interval = np.quantile(of_draws[0] / of_draws[1], [0.025, 0.975])
+            found[name] |= zip(words, map(float, (own, own / stock, *interval)), strict=True)
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="qwen3.5-9b")
@@ -170,7 +199,7 @@ def main() -> int:
         "--prompts", type=int, nargs="*", default=[4096], help="lengths after which tokens are generated"
     )
     parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--bursts", type=int, default=12, help="of 64 generated tokens each, by every way")
+    parser.add_argument("--cycles", type=int, default=12, help="of 65 generated tokens each, by every way")
     parser.add_argument("--seconds", type=float, default=math.inf, help="fewer rounds where the time is over")
     parser.add_argument("--dense-below", type=int, default=16384)
     parser.add_argument("--budget", type=int, default=2048)
@@ -194,7 +223,7 @@ def main() -> int:
             show(f"prompt of {n}", found["prompt"][n])
         for n in args.prompts:
             kept = {name: modes[name] for name in (STOCK, AGAIN, SPARSE)}
-            found["token"][n] = told(tokens(model, kept, text(1, n), args.bursts, end))
+            found["token"][n] = told_tokens(tokens(model, kept, text(1, n), args.cycles, end))
             show(f"token after {n}", found["token"][n])
     if args.out is not None:
         args.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 TINY = ["--shape", "tiny", "--device", "cpu", "--dtype", "float32", "--lengths", "48", "--prompts", "80"]
-TINY += ["--rounds", "3", "--bursts", "2", "--dense-below", "64", "--budget", "48", "--dim", "16"]
+TINY += ["--rounds", "3", "--cycles", "2", "--dense-below", "64", "--budget", "48", "--dim", "16"]
 
 
 @pytest.fixture
@@ -90,6 +90,38 @@ def test_a_busy_host_disturbs_the_fastest_tenth_less_than_the_median(overhead: M
     found = overhead.told({"stock": stock, "auto": slower})["auto"]
     assert found["fastest_over_stock"] == pytest.approx(1.01, abs=0.002)
     assert found["fastest_low"] <= 1.01 <= found["fastest_high"] < found["high"]
+
+
+def test_a_token_has_its_share_of_what_is_written_once_a_cycle(overhead: ModuleType) -> None:
+    rng = np.random.default_rng(0)
+    stock, sparse = np.full((9, overhead.CYCLE), 10.0), np.full((9, overhead.CYCLE), 10.1)
+    sparse[:, -1] += 6.5
+    # one token in twenty waits for somebody else
+    for times in (stock, sparse):
+        times *= 1 + 9 * (rng.random(times.shape) < 0.05)
+
+    found = overhead.told_tokens({"stock": stock, "sparse": sparse})
+
+    assert found["sparse"]["over_stock"] == pytest.approx(1.02, abs=0.003)
+    assert found["sparse"]["fastest_over_stock"] == pytest.approx(1.02)
+    assert found["sparse"]["low"] <= found["sparse"]["over_stock"] <= found["sparse"]["high"]
+    assert found["stock"]["over_stock"] == found["stock"]["low"] == found["stock"]["high"] == 1.0
+    assert found["sparse"]["rounds"] == 9
+
+
+def test_a_cycle_is_what_waits_and_the_token_that_writes(overhead: ModuleType) -> None:
+    assert overhead.CYCLE % overhead.TURN == 0
+    model = overhead.build_model("tiny", device="cpu", dtype=torch.float32)
+    args = SimpleNamespace(dim=16, q_block=32, budget=48, dense_below=64)
+    sparse, written = overhead.ways(model, args)["sparse"], []
+    with torch.inference_mode(), sparse.running(model):
+        logits, cache = overhead.forward(model, overhead.random_prompts(model)(1, 80), None)
+        (held,) = [x for x in cache.layers if hasattr(x, "index_rows")][:1]
+        for _ in range(2 * overhead.CYCLE):
+            logits, cache = overhead.forward(model, logits.argmax(-1), cache)
+            written.append(len(held.index_rows))
+    assert written[overhead.CYCLE - 2 : overhead.CYCLE] == [80, 80 + overhead.CYCLE]
+    assert written[-2:] == [80 + overhead.CYCLE, 80 + 2 * overhead.CYCLE]
 
 
 @pytest.mark.parametrize("n", [9, 20, 121])

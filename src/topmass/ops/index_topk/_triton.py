@@ -275,8 +275,8 @@ class _Tile(NamedTuple):
 # reduced to maxima, by padded head dimension
 PLAIN, REDUCED = _Tile(128, 64, 4, 3), _Tile(128, 64, 8, 2)
 GREATEST = {32: _Tile(256, 64, 4, 3), 64: _Tile(256, 64, 4, 3), 128: _Tile(256, 64, 8, 3)}
-# the same with a logarithm taken off: four warps would spill; not swept yet
-PROBABLE = _Tile(256, 64, 8, 3)
+# the same with a logarithm taken off: four warps would spill
+PROBABLE = _Tile(128, 64, 8, 3)
 
 
 def _tile(rule: SupportRule, heads: int, dim: int, reduce: str | None) -> _Tile:
