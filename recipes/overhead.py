@@ -5,23 +5,24 @@
 
 Prompts: the model as it is (`stock`), once more (`again`: what two equal ways differ by here), and inside `sparsify` with an
 indexer that keeps these lengths dense (`auto`). Generated tokens: the model as it is, twice, and inside `sparsify` with an indexer
-that ran the prompt sparse (`sparse`). Ways alternate prompt by prompt, and every five tokens; each way has a cache of its own. So
-whatever drifts hits all of them. Blocks are entered for each, and a few tokens run in them before the clock starts: a block stays
-open for many prompts where it is used. Weights and tokens are random.
+that ran the prompt sparse (`sparse`). Ways alternate prompt by prompt, and token by token, so that whatever drifts hits all of them.
+For prompts blocks are entered anew, and a few tokens run in them before the clock starts: a block stays open for many prompts where it
+is used. For tokens each way has modules of its own, over the same weights, and a cache of its own. Weights and tokens are random.
 
-Each line says the median, its ratio to `stock` with a 95 % interval, and the same of the fastest tenth: where launches bound the time,
-a host with other work disturbs the median by more than what is looked for. Of prompts the ratio is the median of those of the
-rounds. Of tokens, whose index keys wait and are written 65 at a time, each of the 65 has a median over the cycles, and
-their mean is a token's time: it has its share of the writing, and nothing of a token that somebody else's work made ten times as long.
+Each line says the median, the median of the ratios to `stock` with its 95 % interval, and the same of the fastest tenth: where
+launches bound the time, a host with other work disturbs the median by more than what is looked for. Index keys of tokens wait, and
+are written 65 at a time: the token that writes has a median of its own, and a 65th of the weight.
 """
 
 import argparse
+import copy
 import json
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ from topmass.integrations.transformers.index_keys import MOST_WAITING
 from topmass.integrations.transformers.linear import fast_linear_attention
 from topmass.integrations.transformers.load import describe_device
 
-# tokens until index keys are written, and those that a way generates in turn
-CYCLE, TURN = MOST_WAITING + 1, 5
+# tokens until index keys are written, by the last of them
+CYCLE = MOST_WAITING + 1
 STOCK, AGAIN, AUTO, SPARSE = "stock", "again", "auto", "sparse"
 # share of the rounds that a busy host disturbed least
 FASTEST, RESAMPLES = 0.1, 2000
@@ -75,27 +76,31 @@ def prompts(model: Any, modes: dict[str, Mode], ids: torch.Tensor, rounds: int, 
 def tokens(
     model: Any, modes: dict[str, Mode], ids: torch.Tensor, cycles: int, end: float = math.inf
 ) -> dict[str, np.ndarray]:
-    """Milliseconds of generated tokens after a prompt, `[cycles, CYCLE]` by way; each way generates from its own cache.
+    """Milliseconds of generated tokens after a prompt, `[cycles, CYCLE]` by way.
 
     The first cycle does not count. From the moment `end` on the cycles that there are will do, if they are `FEWEST`.
     """
     state, found = {}, {name: [] for name in modes}
-    for name, mode in modes.items():
-        with mode.running(model):
-            state[name] = forward(model, ids, None)
-    for cycle in range(1 + cycles):
-        if cycle > FEWEST and time.monotonic() > end:
-            break
-        for turn in range(CYCLE // TURN):
-            for name in rotation(list(modes), cycle * (CYCLE // TURN) + turn):
-                with modes[name].running(model):
-                    begin(model, ids)
-                    for _ in range(TURN):
-                        start = now(model.device)
-                        logits, cache = state[name]
-                        state[name] = forward(model, logits.argmax(-1), cache)
-                        found[name].append(now(model.device) - start)
+    with ExitStack() as stack:
+        models = {name: twin(model) for name in modes}
+        for name, mode in modes.items():
+            stack.enter_context(fast_linear_attention(models[name]))
+            stack.enter_context(mode.running(models[name]))
+            state[name] = forward(models[name], ids, None)
+        for i in range((1 + cycles) * CYCLE):
+            if i % CYCLE == 0 and i > FEWEST * CYCLE and time.monotonic() > end:
+                break
+            for name in rotation(list(modes), i):
+                start = now(model.device)
+                logits, cache = state[name]
+                state[name] = forward(models[name], logits.argmax(-1), cache)
+                found[name].append(now(model.device) - start)
     return {name: np.reshape(times, (-1, CYCLE))[1:] for name, times in found.items()}
+
+
+def twin(model: Any) -> Any:
+    """Modules and configuration of its own over the same weights."""
+    return copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
 
 
 def begin(model: Any, ids: torch.Tensor) -> None:
@@ -172,21 +177,28 @@ def told(times: Times) -> dict[str, dict[str, Any]]:
 
 
 def told_tokens(times: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    """As `told`, with a token's time from cycles: intervals resample cycles, those of all ways together."""
+    """As `told`, with a token's share of the one that writes; intervals resample cycles, those of all ways together."""
     count = len(times[STOCK])
-    drawn = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
-    found = {}
+    draws = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
+    every, found = np.arange(count), {}
     for name, values in times.items():
-        found[name] = {"rounds": count}
-        for words, q in (
-            (("milliseconds", "over_stock", "low", "high"), 0.5),
-            (("fastest", "fastest_over_stock", "fastest_low", "fastest_high"), FASTEST),
-        ):
-            of_draws = [np.quantile(x[drawn], q, axis=1).mean(1) for x in (values, times[STOCK])]
-            own, stock = (np.quantile(x, q, axis=0).mean() for x in (values, times[STOCK]))
-            interval = np.quantile(of_draws[0] / of_draws[1], [0.025, 0.975])
-            found[name] |= zip(words, map(float, (own, own / stock, *interval)), strict=True)
+        ratios = values / times[STOCK]
+        fastest = [shared(x, every, FASTEST) for x in (values, times[STOCK])]
+        of_draws = np.array([[shared(x, d, FASTEST) for x in (values, times[STOCK])] for d in draws])
+        low, high = np.quantile([shared(ratios, d) for d in draws], [0.025, 0.975])
+        fastest_low, fastest_high = np.quantile(of_draws[:, 0] / of_draws[:, 1], [0.025, 0.975])
+        numbers = {
+            "milliseconds": shared(values, every), "over_stock": shared(ratios, every), "low": low, "high": high,
+            "fastest": fastest[0], "fastest_over_stock": fastest[0] / fastest[1], "fastest_low": fastest_low, "fastest_high": fastest_high,
+        }  # fmt: skip
+        found[name] = {key: float(number) for key, number in numbers.items()} | {"rounds": count}
     return found
+
+
+def shared(values: np.ndarray, cycles: np.ndarray, q: float = 0.5) -> float:
+    """Quantile of these cycles' tokens, and of those that write, by their numbers."""
+    drawn = values[cycles]
+    return (np.quantile(drawn[:, :-1], q) * (CYCLE - 1) + np.quantile(drawn[:, -1], q)) / CYCLE
 
 
 def main() -> int:

@@ -109,8 +109,15 @@ def test_a_token_has_its_share_of_what_is_written_once_a_cycle(overhead: ModuleT
     assert found["sparse"]["rounds"] == 9
 
 
+def test_a_twin_shares_weights_and_nothing_else(overhead: ModuleType) -> None:
+    model = overhead.build_model("tiny", device="cpu", dtype=torch.float32)
+    other = overhead.twin(model)
+    assert all(a is b for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert other.config is not model.config
+    assert not {id(m) for m in model.modules()} & {id(m) for m in other.modules()}
+
+
 def test_a_cycle_is_what_waits_and_the_token_that_writes(overhead: ModuleType) -> None:
-    assert overhead.CYCLE % overhead.TURN == 0
     model = overhead.build_model("tiny", device="cpu", dtype=torch.float32)
     args = SimpleNamespace(dim=16, q_block=32, budget=48, dense_below=64)
     sparse, written = overhead.ways(model, args)["sparse"], []

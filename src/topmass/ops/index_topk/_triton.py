@@ -154,31 +154,52 @@ def _norms_kernel(
     begin = FIRST // BN * BN + i_n * TILES * BN
     end = tl.minimum(begin + TILES * BN, tl.max(b_stop, 0))
     if begin < end:
-        o_r, o_d, o_bn = tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BN)
+        o_r, o_d = tl.arange(0, BM), tl.arange(0, BD)
         # an absent query stands in for the nearest of its block
         o_t = tl.minimum(tl.maximum((T0 + i_m * BQ + o_r // HP).to(tl.int64), 0), TQ - 1)
         o_h = o_r % HP
         b_q = tl.load(iq + i_b * sq_b + (o_t * sq_t + o_h * sq_h)[:, None] + o_d[None, :], mask=(o_h < H)[:, None] & (o_d < D)[None, :], other=0.0)
-        b_max = tl.full([BQ], float("-inf"), tl.float32)
+        # finite, so that a query without a candidate yet subtracts a number
+        b_max = tl.full([BQ], -1e38, tl.float32)
         b_sum = tl.zeros([BQ], tl.float32)
-        for n in range(begin, end, BN):
-            o_n = n + o_bn
-            o_k = _places(pages, i_b, o_n, o_n < end, sk_b, sk_n, sp_b, PAGE)
-            b_k = tl.load(ik + o_k[:, None] + o_d[None, :], mask=(o_n < end)[:, None] & (o_d < D)[None, :], other=0.0).to(b_q.dtype)
-            # [BN, BQ]
-            b_s = tl.dot(b_k, tl.trans(b_q), max_num_imprecise_acc=0) * scale
-            if HP > 1:
-                b_s = tl.sum(tl.reshape(tl.where(b_s > 0, b_s, 0.0), [BN, BQ, HP]), 2)
-            # NaN counts for nothing, and so leaves the other scores of its query alone
-            m_s = (o_n >= FIRST)[:, None] & (o_n[:, None] < b_stop[None, :]) & (b_s == b_s)
-            b_s = tl.where(m_s, b_s, float("-inf"))
-            b_new = tl.maximum(b_max, tl.max(b_s, 0))
-            # before its first candidate a query has no maximum
-            b_base = tl.where(b_new > float("-inf"), b_new, 0.0)
-            b_sum = b_sum * tl.exp(b_max - b_base) + tl.sum(tl.exp(b_s - b_base[None, :]), 0)
-            b_max = b_new
-        b_norm = tl.where(b_sum > 0, b_max + tl.log(tl.maximum(b_sum, 1e-30)), float("-inf"))
+        # tiles that are candidates of every query have no masks
+        full = tl.minimum(tl.where(begin < FIRST, begin + BN, begin), end)
+        last = tl.maximum(tl.minimum(tl.min(b_stop, 0), end) // BN * BN, full)
+        b_max, b_sum = _summed(b_max, b_sum, b_q, ik, pages, i_b, b_stop, begin, full, end, scale, sk_b, sk_n, sp_b, FIRST, HP, D, BD, BN, PAGE, True)
+        b_max, b_sum = _summed(b_max, b_sum, b_q, ik, pages, i_b, b_stop, full, last, end, scale, sk_b, sk_n, sp_b, FIRST, HP, D, BD, BN, PAGE, False)
+        b_max, b_sum = _summed(b_max, b_sum, b_q, ik, pages, i_b, b_stop, last, end, end, scale, sk_b, sk_n, sp_b, FIRST, HP, D, BD, BN, PAGE, True)
+        b_norm = tl.where(b_sum > 0, b_max + tl.log2(tl.maximum(b_sum, 1e-30)), float("-inf")) * 0.6931471805599453
         tl.store(norms + (i_b * tl.num_programs(0) + i_n) * ROWS + o_q, b_norm)
+
+
+@triton.jit
+@no_type_check
+def _summed(
+    b_max, b_sum, b_q, ik, pages, i_b, b_stop, begin, stop, end, scale, sk_b, sk_n, sp_b, FIRST,
+    HP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    # the running maximum, in powers of two, and the sum over keys `begin` to `stop`
+    o_bn, o_d = tl.arange(0, BN), tl.arange(0, BD)
+    per_two = scale * 1.4426950408889634
+    for n in range(begin, stop, BN):
+        o_n = n + o_bn
+        o_k = _places(pages, i_b, o_n, o_n < end, sk_b, sk_n, sp_b, PAGE)
+        b_k = tl.load(ik + o_k[:, None] + o_d[None, :], mask=(o_n < end)[:, None] & (o_d < D)[None, :], other=0.0).to(b_q.dtype)
+        if HP == 1:
+            # [BQ, BN]; a row is summed by neighbouring threads
+            b_s = tl.dot(b_q, tl.trans(b_k), max_num_imprecise_acc=0)
+        else:
+            # [BN, BM]
+            b_s = tl.dot(b_k, tl.trans(b_q), max_num_imprecise_acc=0)
+            b_s = tl.trans(tl.sum(tl.reshape(tl.where(b_s > 0, b_s, 0.0), [BN, b_q.shape[0] // HP, HP]), 2))
+        # NaN counts for nothing, and so leaves the other scores of its query alone
+        b_s = tl.maximum(b_s, float("-inf"))
+        if MASKED:
+            b_s = tl.where((o_n >= FIRST)[None, :] & (o_n[None, :] < b_stop[:, None]), b_s, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, 1) * per_two)
+        b_sum = b_sum * tl.exp2(b_max - b_new) + tl.sum(tl.exp2(b_s * per_two - b_new[:, None]), 1)
+        b_max = b_new
+    return b_max, b_sum
 
 
 @triton.jit
@@ -277,6 +298,8 @@ PLAIN, REDUCED = _Tile(128, 64, 4, 3), _Tile(128, 64, 8, 2)
 GREATEST = {32: _Tile(256, 64, 4, 3), 64: _Tile(256, 64, 4, 3), 128: _Tile(256, 64, 8, 3)}
 # the same with a logarithm taken off: four warps would spill
 PROBABLE = _Tile(128, 64, 8, 3)
+# of the logarithms themselves
+NORMS = _Tile(128, 64, 8, 3)
 
 
 def _tile(rule: SupportRule, heads: int, dim: int, reduce: str | None) -> _Tile:
@@ -290,6 +313,13 @@ def _tile(rule: SupportRule, heads: int, dim: int, reduce: str | None) -> _Tile:
     return tile._replace(rows=max(rows, tile.rows), keys=tile.keys if bd <= 128 else tile.keys // 2)
 
 
+def _norms_tile(heads: int, dim: int) -> _Tile:
+    """At least the heads of one query, and no more keys than shared memory holds."""
+    return NORMS._replace(
+        rows=max(next_power_of_2(heads), NORMS.rows), keys=NORMS.keys if dim <= 128 else NORMS.keys // 2
+    )
+
+
 def _score(
     iq: Tensor, ik: Tensor, stops: Tensor, scores: Tensor, *, rule: SupportRule, q_start: int, block: int, stop: int,
     reduce: str | None, score_dtype: torch.dtype, pages: Tensor | None,
@@ -297,22 +327,26 @@ def _score(
     B, TQ, H, D = iq.shape
     g = _together(rule, reduce)
     hp = next_power_of_2(H)
-    rows, keys, warps, stages = _tile(rule, H, D, reduce)
     first = rule.sink_tokens // rule.granularity.kv_block
-    grid = cdiv(stop - first // keys * keys, WALK), cdiv(scores.shape[1], rows // (hp * g)), B
     strides = *iq.stride()[:3], *ik.stride()[:2], 0 if pages is None else pages.stride(0)
     where = TQ, scores.shape[1], block, block * g - q_start % g, first
-    shape = {
-        "H": H, "HP": hp, "G": g, "D": D, "BD": max(next_power_of_2(D), 32), "BM": rows, "BN": keys, "TILES": WALK // keys,
-        "PAGE": 0 if pages is None else ik.shape[1], "num_warps": warps, "num_stages": stages,
-    }  # fmt: skip
+    shape = {"H": H, "HP": hp, "G": g, "D": D, "BD": max(next_power_of_2(D), 32), "PAGE": 0 if pages is None else ik.shape[1]}
+
+    def launch(tile: _Tile) -> tuple[tuple[int, int, int], dict[str, int]]:
+        rows, keys, warps, stages = tile
+        grid = cdiv(stop - first // keys * keys, WALK), cdiv(scores.shape[1] * g * hp, rows), B
+        return grid, {"BM": rows, "BN": keys, "TILES": WALK // keys, "num_warps": warps, "num_stages": stages}
+
     table, norms = stops if pages is None else pages, scores
+    grid, tile = launch(_tile(rule, H, D, reduce))
     if probable := reduce == "max_prob" and g > 1:
-        parts = torch.full((B, grid[0], grid[1] * rows // hp), float("-inf"), dtype=torch.float32, device=iq.device)
-        _norms_kernel[grid](iq, ik, stops, table, parts, D**-0.5, *strides, *where, parts.shape[2], **shape)
+        own_grid, own = launch(_norms_tile(H, D))
+        queries = max(grid[1] * tile["BM"], own_grid[1] * own["BM"]) // hp
+        parts = torch.full((B, own_grid[0], queries), float("-inf"), dtype=torch.float32, device=iq.device)
+        _norms_kernel[own_grid](iq, ik, stops, table, parts, D**-0.5, *strides, *where, queries, **shape, **own)
         norms = parts.logsumexp(1)
     _scores_kernel[grid](
         iq, ik, stops, table, norms, scores, D**-0.5, *strides, norms.stride(0), *where, scores.shape[2] // UNIT,
-        **shape, MAX=reduce != "mean", ROUND=getattr(tl, str(score_dtype).removeprefix("torch.")),
+        **shape, **tile, MAX=reduce != "mean", ROUND=getattr(tl, str(score_dtype).removeprefix("torch.")),
         LARGEST=min(torch.finfo(score_dtype).max, torch.finfo(torch.float32).max), UNIT=UNIT, PROB=probable,
     )  # fmt: skip
