@@ -11,7 +11,7 @@ is used. For tokens each way has modules of its own, over the same weights, and 
 
 Each line says the median, the median of the ratios to `stock` with its 95 % interval, and the same of the fastest tenth: where
 launches bound the time, a host with other work disturbs the median by more than what is looked for. Index keys of tokens wait, and
-are written 65 at a time: the token that writes has a median of its own, and a 65th of the weight.
+are written 257 at a time: the token that writes has a median of its own, and a 257th of the weight.
 """
 
 import argparse
@@ -198,7 +198,7 @@ def told_tokens(times: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
 def shared(values: np.ndarray, cycles: np.ndarray, q: float = 0.5) -> float:
     """Quantile of these cycles' tokens, and of those that write, by their numbers."""
     drawn = values[cycles]
-    return (np.quantile(drawn[:, :-1], q) * (CYCLE - 1) + np.quantile(drawn[:, -1], q)) / CYCLE
+    return float(np.quantile(drawn[:, :-1], q) * (CYCLE - 1) + np.quantile(drawn[:, -1], q)) / CYCLE
 
 
 def main() -> int:
@@ -211,7 +211,7 @@ def main() -> int:
         "--prompts", type=int, nargs="*", default=[4096], help="lengths after which tokens are generated"
     )
     parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--cycles", type=int, default=12, help="of 65 generated tokens each, by every way")
+    parser.add_argument("--cycles", type=int, default=5, help="of 257 generated tokens each, by every way")
     parser.add_argument("--seconds", type=float, default=math.inf, help="fewer rounds where the time is over")
     parser.add_argument("--dense-below", type=int, default=16384)
     parser.add_argument("--budget", type=int, default=2048)

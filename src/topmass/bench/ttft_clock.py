@@ -116,7 +116,8 @@ def _sizes(cache: Any) -> dict[str, float]:
         found["kv_memory"] += _bytes(getattr(layer, "keys", None), getattr(layer, "values", None))
         if (rows := getattr(layer, "index_rows", None)) is not None:
             found["index_memory"] += _bytes(rows.raw, rows.cos, rows.sin)
-        found["index_memory"] += _bytes(*(x.features for x in getattr(layer, "index_waiting", ())))
+        if (alone := getattr(layer, "index_alone", None)) is not None:
+            found["index_memory"] += _bytes(*(x.features for x in alone()))
     return {name: size / 2**20 for name, size in found.items()}
 
 

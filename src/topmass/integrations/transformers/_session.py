@@ -119,8 +119,9 @@ class Session:
         self._capture, self._index, self._leave = capture or index is not None, index, leave
         # the forward that runs is left to the model's own attention
         self._left = False
-        # hidden states and tables that its attention modules were called with, if it is of one generated token
-        self._token: dict[int, tuple[Tensor, Any]] | None = None
+        # hidden states that its attention modules were called with, by layer, if it is of one generated token, and their tables
+        self._token: dict[int, Tensor] | None = None
+        self._given: dict[int, Any] = {}
         self._cache: Any = None
         # the cache that was checked last, which is its owner's to keep, and how many layers it had
         self._checked: tuple[Callable[[], Any], int] = (lambda: None), 0
@@ -263,14 +264,18 @@ class Session:
         cache = kwargs.get("past_key_values")
         return LayerInputs(hidden=kwargs["hidden_states"], cos=cos, sin=sin, cache=cache, pairs=self._family.pairs)
 
-    def _wait(self, token: dict[int, tuple[Tensor, Any]]) -> None:
+    def _wait(self, token: dict[int, Tensor]) -> None:
         """Let a generated token wait for its index keys in every layer, or write the keys of all that wait there."""
-        index, (cache, self._cache) = self._index, (self._cache, None)
-        if index is None:
+        index, (cache, self._cache), (given, self._given) = self._index, (self._cache, None), (self._given, {})
+        if index is None or not token:
             return
-        for module, (hidden, tables) in token.items():
-            layer = self._layer_of[module]
-            cos, sin = self._rope_tables(layer, tables)
+        # most models give all of their layers one object
+        if len(set(map(id, given.values()))) == 1:
+            turning = next((i for i in given if self._turns[i]), next(iter(given)))
+            if index.wait_together(cache, token, self._rope_tables(turning, given[turning]), self._turns):
+                return
+        for layer, hidden in token.items():
+            cos, sin = self._rope_tables(layer, given[layer])
             if not index.wait(cache.layers[layer], hidden, cos, sin):
                 inputs = LayerInputs(hidden=hidden, cos=cos, sin=sin, cache=cache, pairs=self._family.pairs)
                 index.extend(layer, inputs, hidden, later=True)
@@ -349,7 +354,8 @@ def _attend(module: Any, own: Callable[..., Any] | None, /, *args: Any, **kwargs
     if (session := _BY_MODULE.get(id(module))) is not None:
         if (token := session._token) is not None:
             given = _by_name(module, args, kwargs) if args else kwargs
-            token[id(module)] = given["hidden_states"], given.get("position_embeddings")
+            layer = session._layer_of[id(module)]
+            token[layer], session._given[layer] = given["hidden_states"], given.get("position_embeddings")
         else:
             session._before_attention(module, args, kwargs)
     return type(module).forward(module, *args, **kwargs) if own is None else own(*args, **kwargs)

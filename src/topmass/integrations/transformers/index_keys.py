@@ -1,6 +1,6 @@
 """Raw index keys beside the KV cache of a transformers model, and what waits there to become one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -16,8 +16,9 @@ from topmass.selection.indexer import Indexer, LayerIndexer, index_rope
 
 __all__ = ["CACHE_LAYERS", "IndexKeys", "KeyRows"]
 
-# a hidden state is many times as large as the index key that is made of it: generated positions, and values of a short prompt
-MOST_WAITING = 64
+# a hidden state is many times as large as the index key that is made of it: generated positions that always wait, those that
+# wait at most, and the values from which the latter end; values of a short prompt
+FEW_WAITING, MOST_WAITING, MOST_VALUES = 64, 256, 2**20
 MOST_PROMPT_VALUES = 2**22
 
 
@@ -75,6 +76,32 @@ class Waiting(NamedTuple):
         return Waiting(self.features[:, :length], *tables)
 
 
+class _Together:
+    """Generated tokens that wait at all layers of a cache at once: for each what its layers were given, and the tables.
+
+    A token is one entry here, and not one at every layer, which would cost half of what a token costs beside its model.
+    The layer that leaves first, as its keys change or are asked for, ends it for all.
+    """
+
+    __slots__ = ("_tables", "ended", "tokens")
+
+    def __init__(self) -> None:
+        self.tokens: list[tuple[dict[int, Tensor], Tensor | None, Tensor | None]] = []
+        self.ended = False
+        self._tables: tuple[Tensor, Tensor] | None = None
+
+    def of(self, layer: int, *, turns: bool) -> tuple[Waiting, ...]:
+        """What waits at one layer, joined."""
+        self.ended = True
+        if not self.tokens:
+            return ()
+        features, cos, sin = zip(*self.tokens, strict=True)
+        if turns and self._tables is None and cos[0] is not None:
+            self._tables = _joined(cos), _joined(sin)
+        tables = self._tables if turns and self._tables else (None, None)
+        return (Waiting(torch.cat([x[layer] for x in features], 1), *tables),)
+
+
 class _IndexedLayer:
     """Adds raw index keys to a cache layer, and takes them along through everything that changes its keys.
 
@@ -85,19 +112,30 @@ class _IndexedLayer:
     """
 
     index_rows: KeyRows | None = None
-    # positions after those of `index_rows`: several of a short prompt in the first, then one of a generated token each
+    # positions after those of `index_rows`: a short prompt, generated ones
     index_waiting: tuple[Waiting, ...] = ()
+    # tokens after those, of all layers; the layer's number, and whether it uses RoPE
+    index_together: _Together | None = None
+    index_place: tuple[int, bool] = -1, False
     index_owner: str = ""
 
     @property
     def index_seen(self) -> int:
         """Positions that have an index key, or wait for one."""
         rows = 0 if self.index_rows is None else len(self.index_rows)
-        waiting = self.index_waiting
-        return rows + (waiting[0].positions + len(waiting) - 1 if waiting else 0)
+        together = 0 if self.index_together is None else len(self.index_together.tokens)
+        return rows + together + sum(x.positions for x in self.index_waiting)
+
+    def index_alone(self) -> tuple[Waiting, ...]:
+        """All that waits, from now on at this layer alone."""
+        if (together := self.index_together) is not None:
+            layer, turns = self.index_place
+            self.index_waiting, self.index_together = (*self.index_waiting, *together.of(layer, turns=turns)), None
+        return self.index_waiting
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
+        self.index_alone()
         self.index_rows, self.index_waiting = None, ()
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
@@ -108,7 +146,7 @@ class _IndexedLayer:
             left -= len(self.index_rows)
             self.index_rows = self.index_rows.map(lambda x: x[:, :kept])
         waiting = []
-        for x in self.index_waiting:
+        for x in self.index_alone():
             if left > 0:
                 waiting.append(x if x.positions <= left else x.first(left))
             left -= x.positions
@@ -129,7 +167,7 @@ class _IndexedLayer:
     def _change(self, change: Any) -> None:
         if self.index_rows is not None:
             self.index_rows = self.index_rows.map(change)
-        self.index_waiting = tuple(x.map(change) for x in self.index_waiting)
+        self.index_waiting = tuple(x.map(change) for x in self.index_alone())
 
 
 class _IndexedDynamicLayer(_IndexedLayer, DynamicLayer):
@@ -147,6 +185,17 @@ _INDEXED: dict[type, type] = {
 CACHE_LAYERS = (*_INDEXED, *_INDEXED.values())
 
 
+def _joined(tables: Sequence[Tensor]) -> Tensor:
+    """Tables of consecutive positions, as wide as the batch where one of them is."""
+    batch = max(x.shape[0] for x in tables)
+    return torch.cat([x.expand(batch, -1, -1) for x in tables], 1)
+
+
+def _full(count: int, features: Tensor) -> bool:
+    """Whether as many wait as may, by what one has."""
+    return count >= MOST_WAITING or (count >= FEW_WAITING and count * features.numel() >= MOST_VALUES)
+
+
 def _indexed(layer: Any) -> Any:
     # a change of `__class__` would do, but CPython refuses it for a class with two bases
     new = object.__new__(_INDEXED[type(layer)])
@@ -159,7 +208,8 @@ class IndexKeys:
 
     Args:
         defer: Let a short prompt that is left to the model's own attention, and generated positions, wait for the next prompt
-            chunk, or for `MOST_WAITING` generated ones, and project them together: launches are most of what an indexer costs there.
+            chunk, or for `MOST_WAITING` generated ones (`FEW_WAITING` if they are large), and project them together: launches are
+            most of what an indexer costs there.
     """
 
     def __init__(self, indexer: Indexer, *, defer: bool = False) -> None:
@@ -231,10 +281,43 @@ class IndexKeys:
         """
         if not isinstance(held, _IndexedLayer):
             return True
-        waiting = held.index_waiting
-        if not self._defer or len(waiting) >= MOST_WAITING:
+        waiting = held.index_alone()
+        if not self._defer or _full(sum(x.positions for x in waiting), features):
             return False
-        held.index_waiting = (*waiting, Waiting(features.detach() if features.requires_grad else features, cos, sin))
+        held.index_waiting = (*waiting, Waiting(features.detach(), cos, sin))
+        return True
+
+    def wait_together(
+        self,
+        cache: Any,
+        features: dict[int, Float[Tensor, "batch 1 k_width"]],
+        tables: tuple[Tensor | None, Tensor | None],
+        turns: Mapping[int, bool],
+    ) -> bool:
+        """Let a generated token wait at the caches of all layers; false if each has to be asked by `wait`.
+
+        Args:
+            features: What `key_features` gives for the position, by layer.
+            tables: The model's RoPE there, for the layers that use it.
+            turns: Which do.
+        """
+        layer, first = next(iter(features.items()))
+        together: _Together | None = getattr(cache.layers[layer], "index_together", None)
+        if together is None or together.ended:
+            held = {i: cache.layers[i] for i in features}
+            # in one forward gradients are kept for all, or for none
+            if not self._defer or first.requires_grad or features.keys() != self._indexer.info.layers.keys():
+                return False
+            if not all(isinstance(x, _IndexedLayer) for x in held.values()):
+                return False
+            together = _Together()
+            for i, x in held.items():
+                x.index_alone()
+                x.index_together, x.index_place = together, (i, turns[i])
+        before = sum(x.positions for x in cache.layers[layer].index_waiting)
+        if _full(before + len(together.tokens), first):
+            return False
+        together.tokens.append((features, *tables))
         return True
 
     def extend(
@@ -273,7 +356,7 @@ class IndexKeys:
         held.index_owner = self._owner
         if features.shape[1] == 1 and held.index_seen and self.wait(held, features, inputs.cos, inputs.sin):
             return None
-        if later and self._defer and not held.index_waiting and features.numel() <= MOST_PROMPT_VALUES:
+        if later and self._defer and not held.index_alone() and features.numel() <= MOST_PROMPT_VALUES:
             held.index_waiting = (Waiting(features.detach(), inputs.cos, inputs.sin),)
             return None
         held.index_rows = rows = self._rows(layer, inputs, features, held)
@@ -287,7 +370,7 @@ class IndexKeys:
         assert module is not None
         before: KeyRows | None = None if held is None else held.index_rows
         cos, sin = inputs.cos, inputs.sin
-        if held is not None and (waiting := held.index_waiting):
+        if held is not None and (waiting := held.index_alone()):
             features = torch.cat([*(x.features for x in waiting), features], 1)
             cos = self._after([x.cos for x in waiting], cos)
             sin = self._after([x.sin for x in waiting], sin)
@@ -342,8 +425,7 @@ class IndexKeys:
         """Tables of all positions; while no layer's cache was changed apart from the others', all layers keep one tensor."""
         key = tuple(map(id, tables))
         if key not in self._joined:
-            batch = max(x.shape[0] for x in tables)
-            self._joined[key] = tables, torch.cat([x.expand(batch, -1, -1) for x in tables], 1)
+            self._joined[key] = tables, _joined(tables)
         return self._joined[key][1]
 
     def _module(self, layer: int, like: Tensor) -> LayerIndexer | None:

@@ -297,7 +297,7 @@ class _Tile(NamedTuple):
 PLAIN, REDUCED = _Tile(128, 64, 4, 3), _Tile(128, 64, 8, 2)
 GREATEST = {32: _Tile(256, 64, 4, 3), 64: _Tile(256, 64, 4, 3), 128: _Tile(256, 64, 8, 3)}
 # the same with a logarithm taken off: four warps would spill
-PROBABLE = _Tile(128, 64, 8, 3)
+PROBABLE = _Tile(256, 64, 8, 3)
 # of the logarithms themselves
 NORMS = _Tile(128, 64, 8, 3)
 
