@@ -57,7 +57,7 @@ def test_records_of_every_way_to_attend() -> None:
     rows = bench_ttft(model, setting, lengths=(20, 50), batches=(2,), prompts=random_prompts(model))
     assert model.config._attn_implementation == before
     assert check_rows("ttft", rows)[0]["name"] == "stock"
-    indexer, streaming = "untrained b=24 q8 k1 layer", "streaming b=24 q1 k1 layer sink=4 window=20"
+    indexer, streaming = "untrained b=24 q8 k1 layer max_prob", "streaming b=24 q1 k1 layer sink=4 window=20"
     mine = [r for r in rows if r["length"] == 50]
     assert {r["name"]: r["role"] for r in mine} == {
         "stock": "dense", "sdpa": "dense", indexer: "sparse", streaming: "sparse", "floor": "floor",
@@ -82,7 +82,7 @@ def test_receipts_say_what_ran() -> None:
     model = tiny()
     rows = bench_ttft(model, SMALL, lengths=(20, 50), prompts=random_prompts(model))
     first = {(r["length"], r["name"]): r for r in rows}
-    indexer = "untrained b=24 q8 k1 layer"
+    indexer = "untrained b=24 q8 k1 layer max_prob"
     assert first[50, indexer]["backend"] == "reference"
     # the budget covers the prompt: dense, by its own kernel
     assert first[20, indexer]["backend"] == "dense"
@@ -127,7 +127,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         return right.fn(q, k, torch.cat([v[:, :1] * 0, v[:, 1:]], 1), support, **settings)
 
     monkeypatch.setitem(table, "triton", replace(right, name="triton", fn=forgets_a_key))
-    with pytest.raises(AssertionError, match=r"untrained b=24 q8 k1 layer, full budget, layer 1: max error"):
+    with pytest.raises(AssertionError, match=r"untrained b=24 q8 k1 layer max_prob, full budget, layer 1: max error"):
         bench_ttft(model, replace(SMALL, backend="triton"), lengths=(50,), prompts=random_prompts(model))
     assert model.config._attn_implementation == "sdpa"
 
@@ -152,6 +152,18 @@ def test_a_dense_kernel_that_refuses_costs_its_row_only(monkeypatch: pytest.Monk
     assert rows_of(rows, "stock", "ttft")
 
 
+def test_queries_that_share_are_scored_in_every_way_that_is_asked_for() -> None:
+    found, _ = make_modes(tiny(), replace(SMALL, q_blocks=(1, 8), reduces=("max_prob", "max", "max")))
+    modes = [m for m in found.values() if m.role == "sparse" and m.selector.config()["selector"] == "indexer"]
+    # one query a block has one score
+    assert [(m.selector.config()["q_block"], m.selector.config()["reduce"]) for m in modes] == [
+        (1, "max_prob"),
+        (8, "max_prob"),
+        (8, "max"),
+    ]
+    assert len({m.name for m in modes}) == 3
+
+
 def test_infeasible_settings_have_a_row_and_nothing_else_is_an_error() -> None:
     model = tiny()
     _, absent = make_modes(model, replace(SMALL, budgets=("4", "24")))
@@ -169,7 +181,7 @@ def test_indexers_of_one_shape_have_two_names() -> None:
     info = mode.selector.indexer.info.replace(training_tokens=1)
     pair = [Indexer.create(info.layers, info.fingerprint, seed=i, training_tokens=1) for i in (0, 1)]
     names = [m.name for m in make_modes(model, SMALL, pair)[0].values() if m.role == "sparse"]
-    assert names == [f"indexer b=24 q8 k1 layer {i.digest[:6]}" for i in pair]
+    assert names == [f"indexer b=24 q8 k1 layer max_prob {i.digest[:6]}" for i in pair]
 
 
 def test_prompts_have_the_exact_length() -> None:

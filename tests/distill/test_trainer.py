@@ -237,6 +237,12 @@ def test_stops_when_recall_stops_rising() -> None:
     assert indexer.info.recipe["steps_taken"] == 4
 
 
+def test_blocks_are_scored_by_probability_unless_sharing_is_trained() -> None:
+    for q_block, asked, decided in ((1, None, "max_prob"), (4, None, "max"), (1, "max", "max"), (4, "mean", "mean")):
+        config = DistillConfig(length=64, q_block=q_block, reduce=asked)
+        assert config.resolve(positions=None, gpu=False).reduce == config.reducing == decided
+
+
 def test_learning_rate_rises_and_falls() -> None:
     config = DistillConfig(steps=100, warmup=0.1, lr=1.0, lr_end=0.1)
     rates = [config.lr_at(step) for step in range(100)]

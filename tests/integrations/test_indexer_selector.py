@@ -623,6 +623,41 @@ def test_positions_that_waited_are_indexed_as_if_they_had_not(
     torch.testing.assert_close(found, wanted, **EXACT)
 
 
+@pytest.mark.usefixtures("float64_throughout")
+@pytest.mark.parametrize("family", ["llama", "qwen3_5"])
+@pytest.mark.parametrize("most", [64, 3])
+def test_tokens_that_wait_together_part_with_their_caches(models, monkeypatch, family, most):
+    monkeypatch.setattr(index_keys, "MOST_WAITING", most)
+    model, ids, other = models(family), tiny_models.prompt(40), tiny_models.prompt(40, seed=1)
+    copies, caches = [], [DynamicCache(config=model.config) for _ in range(2)]
+    with torch.no_grad(), topmass.sparsify(model, select(make(model), 11)):
+        for prompt, cache in zip((ids, other), caches, strict=True):
+            model(prompt[:, :20], past_key_values=cache)
+        for i in range(20, 30):
+            # two prompts in turns, and a copy that goes on by itself
+            for prompt, cache in zip((ids, other), caches, strict=True):
+                model(prompt[:, i : i + 1], past_key_values=cache)
+            if i == 24:
+                copies.append(copy.deepcopy(caches[0]))
+            elif i > 24:
+                model(ids[:, i : i + 1], past_key_values=copies[0])
+        # a layer whose keys change alone leaves the others theirs
+        next(x for x in caches[0].layers if getattr(x, "index_seen", 0)).reorder_cache(torch.tensor([0]))
+        assert {x.index_seen for x in caches[0].layers if hasattr(x, "index_seen")} == {30}
+        pairs = list(zip((ids, ids, other), (caches[0], *copies, caches[1]), strict=True))
+        for prompt, cache in pairs:
+            model(prompt[:, 30:31], past_key_values=cache)
+        found = [model(prompt[:, 31:], past_key_values=cache).logits for prompt, cache in pairs]
+    with torch.no_grad(), topmass.sparsify(model, select(make(model), 11)) as run:
+        # every key written at once
+        run.index._defer = False
+        for (prompt, _), logits in zip(pairs, found, strict=True):
+            cache = DynamicCache(config=model.config)
+            for lo, hi in ((0, 20), *((i, i + 1) for i in range(20, 31)), (31, 40)):
+                expected = model(prompt[:, lo:hi], past_key_values=cache).logits
+            torch.testing.assert_close(logits, expected, **EXACT)
+
+
 @pytest.mark.parametrize("features", ["hidden", "qk"])
 def test_generating_keeps_neither_old_tables_nor_old_caches(models, monkeypatch, features):
     monkeypatch.setattr(index_keys, "MOST_WAITING", 2)

@@ -378,6 +378,7 @@ class Layer:
             sink=rule.sink,
             window=rule.window,
             dense_below=rule.dense_below,
+            reduce="max_prob",
         )
         return sparse_prefill(self.q[None], self.k[None], self.v[None], support, scale=0.5)[0][0]
 

@@ -292,21 +292,26 @@ def test_the_selector_takes_the_indexers_granularity():
 
 def test_another_reduction_has_the_same_weights_and_another_digest(tmp_path):
     trained = make()
-    other = trained.reducing("max_prob")
+    other = trained.reducing("max")
     other.save(tmp_path / "other")
 
-    assert {c.reduce for c in other.info.layers.values()} == {"max_prob"}
-    assert {c.reduce for c in trained.info.layers.values()} == {"max"}
+    assert {c.reduce for c in other.info.layers.values()} == {"max"}
+    assert {c.reduce for c in trained.info.layers.values()} == {"max_prob"}
     assert other.digest != trained.digest
     assert topmass.load_indexer(tmp_path / "other").digest == other.digest
     assert all(torch.equal(w, trained.state_dict()[name]) for name, w in other.state_dict().items())
     iq, ik = vectors()
     q = torch.zeros(2, 20, 4, 6)
-    support = other.selector(budget=8, granularity=Granularity(q_block=4)).select(
-        AttentionInputs(q=q, k=q[:, :, :2], layer=3, iq=iq, ik=ik)
-    )
-    expected = index_topk(iq, ik, budget=8, granularity=Granularity(q_block=4), reduce="max_prob")
-    assert support.mask(20).equal(expected.mask(20))
+    for served, how in ((trained, "max_prob"), (other, "max")):
+        support = served.selector(budget=8, granularity=Granularity(q_block=4)).select(
+            AttentionInputs(q=q, k=q[:, :, :2], layer=3, iq=iq, ik=ik)
+        )
+        expected = index_topk(iq, ik, budget=8, granularity=Granularity(q_block=4), reduce=how)
+        assert support.mask(20).equal(expected.mask(20))
+
+
+def test_the_shipped_indexer_scores_blocks_by_probability():
+    assert {c.reduce for c in topmass.load_reference_indexer().info.layers.values()} == {"max_prob"}
 
 
 def test_the_fingerprint_tells_indexers_apart():

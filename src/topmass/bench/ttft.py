@@ -26,6 +26,7 @@ from topmass.eval.settings import Infeasible, columns, label
 from topmass.integrations.transformers.index_features import describe_model, index_configs
 from topmass.integrations.transformers.linear import fast_linear_attention
 from topmass.integrations.transformers.sparsify import LayerReceipt
+from topmass.ops.index_topk.interface import Reduce
 from topmass.results import Run
 from topmass.results.schema import TTFT_METRICS
 from topmass.selection import (
@@ -55,6 +56,7 @@ class Setting:
         budgets: Keys per query.
         q_blocks: Queries that share one selection.
         kv_blocks: Keys taken together; none means the indexers' own, or 1.
+        reduces: How indexers score queries that share, see `index_topk`; none means as they say themselves.
         dense: Dense kernels, `stock` for the model as it is; `None` means that and all that the device has.
         dense_below: Positions up to this length attend densely.
         chunk: Tokens of a prompt computed in one forward; 0 means all of them.
@@ -72,6 +74,7 @@ class Setting:
     budgets: tuple[str, ...] = ("2048",)
     q_blocks: tuple[int, ...] = (32,)
     kv_blocks: tuple[int, ...] = ()
+    reduces: tuple[Reduce, ...] = ()
     dense: tuple[str, ...] | None = None
     dense_below: int = 0
     chunk: int = 0
@@ -254,7 +257,8 @@ def _selectors(model: nn.Module, setting: Setting, indexers: Sequence[Indexer]) 
                 continue
             for g in dict.fromkeys(setting.q_blocks):
                 if kind == "indexer":
-                    yield from (_indexer(x, budget, g, setting) for x in trained)
+                    ways = (setting.reduces if g > 1 else ()) or (None,)
+                    yield from (_indexer(x, how, budget, g, setting) for x in trained for how in dict.fromkeys(ways))
                     continue
                 for r in dict.fromkeys(setting.kv_blocks or (_POOLED if kind == "pooled" else 1,)):
                     unit = Granularity(q_block=g, kv_block=r)
@@ -271,7 +275,10 @@ _RANKED: dict[str, type[RankedSelector]] = {
 }
 
 
-def _indexer(indexer: Indexer, budget: str, q_block: int, setting: Setting) -> Selector | Infeasible:
+def _indexer(
+    indexer: Indexer, reduce: Reduce | None, budget: str, q_block: int, setting: Setting
+) -> Selector | Infeasible:
+    indexer = indexer if reduce is None else indexer.reducing(reduce)
     unit = Granularity(q_block=q_block, kv_block=indexer.info.kv_block)
     return _made(
         "indexer" if indexer.info.training_tokens else "untrained",

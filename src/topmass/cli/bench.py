@@ -155,6 +155,7 @@ class TtftConfig:
         budgets: Keys per query: tokens, `5%`, or `mass:0.95<=4096`.
         q_blocks: Queries that share one selection; 1 selects per query.
         kv_blocks: Keys taken together; default the indexer's own, or 1.
+        reduces: Scores of queries that share; default what the indexer says.
         indexer: Directories of indexers, or `reference`; default an untrained one that stands in for it.
         dense: Dense kernels to time; default the model as it is (`stock`) and all that the device has.
         dense_below: Positions up to this length attend densely.
@@ -172,6 +173,7 @@ class TtftConfig:
     budgets: tuple[str, ...] = ("2048",)
     q_blocks: tuple[int, ...] = (32,)
     kv_blocks: tuple[int, ...] = ()
+    reduces: tuple[Literal["mean", "max", "max_prob"], ...] = ()
     indexer: tuple[str, ...] = ()
     dense: tuple[Literal["stock", "fa2", "cudnn", "fa3", "sdpa"], ...] | None = None
     dense_below: int = 0

@@ -73,7 +73,7 @@ def distill(
         dim: Width of an index query.
         heads: Query heads of an indexer.
         features: What the projections read: the attention input, or the layer's own queries and keys.
-        reduce: Score of a query block from its queries, as it will be served; `max_prob` needs `q_block=1` in training.
+        reduce: Score of a query block from its queries, as it will be served; default `max_prob`, or `max` with `q_block` above 1.
         pool: Target of a key group from its tokens.
         lr: Peak learning rate.
         held_out: Sequences that are measured and not trained on.

@@ -321,6 +321,8 @@ def _shown_gap(entry: dict[str, Any]) -> dict[str, str]:
 def _shown(entry: dict[str, Any]) -> dict[str, str]:
     s = entry["setting"]
     blocks = "" if s["selector"] == "dense" else f" b={s['budget']} q{s['q_block']} k{s['kv_block']} {s['share']}"
+    # as topmass.eval.settings.label, by which the other commands call it
+    blocks += f" {s['reduce']}" if s["reduce"] not in (None, "max") else ""
     blocks += f" d{s['dense_below']}" if s["dense_below"] else ""
     feasible = entry["status"] == "ok"
     return {

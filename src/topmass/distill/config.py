@@ -39,7 +39,8 @@ class DistillConfig:
         features: What the projections read: the layer's attention input, or its own queries and keys.
         q_block: Queries that will share one selection.
         kv_block: Keys pooled into one index key.
-        reduce: Score of a query block from its queries, as it will be served; `max_prob` needs `q_block=1` in training.
+        reduce: Score of a query block from its queries, as it will be served. `None`: `max_prob`, which is for indexers that
+            are trained query by query, or `max` where `q_block` is above 1.
         pool: Target of a key group from its tokens.
         sink: Keys that will always be read at the start.
         window: Keys that will always be read up to and including the query's own.
@@ -72,7 +73,7 @@ class DistillConfig:
     features: Features = "hidden"
     q_block: int = 1
     kv_block: int = 1
-    reduce: Reduce = "max"
+    reduce: Reduce | None = None
     pool: Pool = "sum"
     sink: int = 0
     window: int = 1
@@ -110,7 +111,7 @@ class DistillConfig:
         if self.workers is not None and self.workers < 0:
             raise ConfigError(f"workers must not be negative, got {self.workers}.")
         for name, choices in (("reduce", Reduce), ("pool", Pool), ("features", Features), ("score_dtype", ScoreDtype)):
-            if getattr(self, name) not in get_args(choices):
+            if getattr(self, name) not in (*get_args(choices), *([None] if name == "reduce" else [])):
                 raise ConfigError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}.")
         if self.reduce == "max_prob" and self.q_block > 1:
             raise ConfigError(
@@ -118,6 +119,11 @@ class DistillConfig:
             )
         # complains about granularity, sink and window
         SupportRule(budget=None, granularity=self.granularity, sink=self.sink, window=self.window)
+
+    @property
+    def reducing(self) -> Reduce:
+        """Score of a query block, decided."""
+        return self.reduce or ("max" if self.q_block > 1 else "max_prob")
 
     @property
     def granularity(self) -> Granularity:
@@ -162,6 +168,7 @@ class DistillConfig:
             batch=batch,
             micro_batch=min(batch, self.micro_batch or max(1, FORWARD_TOKENS[kind] // length)),
             rows_fraction=min(1.0, ROWS / length) if self.rows_fraction is None else self.rows_fraction,
+            reduce=self.reducing,
             evaluate_every=self.evaluate_every or max(1, self.steps // 10),
             workers=(8 if gpu else 0) if self.workers is None else self.workers,
         )

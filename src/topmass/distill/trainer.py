@@ -152,7 +152,7 @@ def untrained(model: nn.Module, config: DistillConfig) -> Indexer:
             kv_block=config.kv_block,
             rotary_dim=ropes[layer].index_dim(config.dim),
             features=config.features,
-            reduce=config.reduce,
+            reduce=config.reducing,
             score_dtype=config.score_dtype,
         )
     indexer = Indexer.create(shapes, fingerprint, seed=config.seed, granularity=config.granularity)
@@ -312,7 +312,7 @@ class _Trainer:
             sinks=lesson.sinks,
             granularity=c.granularity,
             pool=c.pool,
-            reduce=c.reduce,
+            reduce=c.reducing,
             sink=c.sink,
             window=c.window,
             mask_forced=c.mask_forced,
@@ -386,7 +386,7 @@ class _Trainer:
                 sink=config.sink,
                 window=config.window,
                 q_start=lo,
-                reduce=config.reduce,
+                reduce=config.reducing,
                 score_dtype=score_dtype,
             )
             mass = attention_mass(

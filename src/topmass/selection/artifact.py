@@ -49,7 +49,7 @@ class IndexerConfig:
         rotary_dim: Leading dimensions that RoPE turns; 0 for a layer without RoPE.
         features: What is projected: `"hidden"`, the layer's attention input after its norm; `"qk"`, the layer's own
             queries of all heads side by side, and keys likewise, after their norm and with RoPE taken out.
-        reduce: Score of a query block from the scores of its queries; served as trained.
+        reduce: Score of a query block from the scores of its queries, see `index_topk`; a block of one query is its score.
         score_dtype: Dtype that scores are rounded to, in training metrics and in serving alike.
         norm_eps: Added to the mean square in both norms.
 
@@ -64,7 +64,7 @@ class IndexerConfig:
     kv_block: int = 1
     rotary_dim: int = 0
     features: Features = "hidden"
-    reduce: Reduce = "max"
+    reduce: Reduce = "max_prob"
     score_dtype: ScoreDtype = "float16"
     norm_eps: float = 1e-6
 

@@ -210,7 +210,7 @@ class Indexer(nn.Module):
         ... )
         >>> indexer = Indexer.create({1: IndexerConfig(hidden_size=16, dim=8)}, model)
         >>> print(indexer.selector(budget=64))  # doctest: +ELLIPSIS
-        indexer(budget=64, q_block=1, kv_block=1, share=layer, sink=0, window=1, dense_below=0, reduce=max, indexer=...)
+        indexer(budget=64, q_block=1, kv_block=1, share=layer, sink=0, window=1, dense_below=0, reduce=max_prob, indexer=...)
     """
 
     def __init__(self, info: IndexerInfo) -> None:
