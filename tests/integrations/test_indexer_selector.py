@@ -658,6 +658,33 @@ def test_tokens_that_wait_together_part_with_their_caches(models, monkeypatch, f
             torch.testing.assert_close(logits, expected, **EXACT)
 
 
+def test_a_short_prompt_waits_on_while_tokens_are_generated(models, monkeypatch):
+    monkeypatch.setattr(index_keys, "MOST_WAITING", 4)
+    model, ids, cache = models("llama"), tiny_models.prompt(40), DynamicCache()
+    written = []
+    with torch.no_grad(), topmass.sparsify(model, select(make(model), 9, dense_below=40)):
+        model(ids[:, :20], past_key_values=cache)
+        for i in range(20, 26):
+            model(ids[:, i : i + 1], past_key_values=cache)
+            rows = cache.layers[0].index_rows
+            written.append(0 if rows is None else len(rows))
+    # it takes no room of theirs
+    assert written == [0, 0, 0, 0, 25, 25]
+
+
+def test_tokens_with_gradients_keep_no_graph(models):
+    model, ids, cache = models("llama"), tiny_models.prompt(24), DynamicCache()
+    with topmass.sparsify(model, select(make(model), 9)):
+        with torch.no_grad():
+            model(ids[:, :20], past_key_values=cache)
+            model(ids[:, 20:21], past_key_values=cache)
+        embeds = model.get_input_embeddings()(ids[:, 21:22]).detach().requires_grad_()
+        model(inputs_embeds=embeds, past_key_values=cache)
+    layer = cache.layers[0]
+    assert layer.index_seen == 22
+    assert not any(x.features.requires_grad for x in layer.index_alone())
+
+
 @pytest.mark.parametrize("features", ["hidden", "qk"])
 def test_generating_keeps_neither_old_tables_nor_old_caches(models, monkeypatch, features):
     monkeypatch.setattr(index_keys, "MOST_WAITING", 2)

@@ -58,6 +58,8 @@ class Waiting(NamedTuple):
     features: Float[Tensor, "batch len width"]
     cos: Float[Tensor, "#batch len rotary"] | None
     sin: Float[Tensor, "#batch len rotary"] | None
+    # and not of a prompt
+    generated: bool = True
 
     @property
     def positions(self) -> int:
@@ -68,19 +70,18 @@ class Waiting(NamedTuple):
         """The same change to every tensor."""
         batch = self.features.shape[0]
         tables = [x if x is None else change(x.expand(batch, -1, -1)) for x in (self.cos, self.sin)]
-        return Waiting(change(self.features), *tables)
+        return Waiting(change(self.features), *tables, generated=self.generated)
 
     def first(self, length: int) -> "Waiting":
         """The first of them."""
         tables = [x if x is None else x[:, :length] for x in (self.cos, self.sin)]
-        return Waiting(self.features[:, :length], *tables)
+        return Waiting(self.features[:, :length], *tables, generated=self.generated)
 
 
 class _Together:
     """Generated tokens that wait at all layers of a cache at once: for each what its layers were given, and the tables.
 
-    A token is one entry here, and not one at every layer, which would cost half of what a token costs beside its model.
-    The layer that leaves first, as its keys change or are asked for, ends it for all.
+    A token is one entry here, and not one at every layer. The layer that leaves first, as its keys change or are asked for, ends it for all.
     """
 
     __slots__ = ("_tables", "ended", "tokens")
@@ -191,8 +192,9 @@ def _joined(tables: Sequence[Tensor]) -> Tensor:
     return torch.cat([x.expand(batch, -1, -1) for x in tables], 1)
 
 
-def _full(count: int, features: Tensor) -> bool:
-    """Whether as many wait as may, by what one has."""
+def _full(waiting: Sequence[Waiting], more: int, features: Tensor) -> bool:
+    """Whether as many generated positions wait as may, by what one has."""
+    count = more + sum(x.positions for x in waiting if x.generated)
     return count >= MOST_WAITING or (count >= FEW_WAITING and count * features.numel() >= MOST_VALUES)
 
 
@@ -282,7 +284,7 @@ class IndexKeys:
         if not isinstance(held, _IndexedLayer):
             return True
         waiting = held.index_alone()
-        if not self._defer or _full(sum(x.positions for x in waiting), features):
+        if not self._defer or _full(waiting, 0, features):
             return False
         held.index_waiting = (*waiting, Waiting(features.detach(), cos, sin))
         return True
@@ -302,20 +304,20 @@ class IndexKeys:
             turns: Which do.
         """
         layer, first = next(iter(features.items()))
+        # in one forward gradients are kept for all, or for none
+        if not self._defer or first.requires_grad:
+            return False
         together: _Together | None = getattr(cache.layers[layer], "index_together", None)
         if together is None or together.ended:
             held = {i: cache.layers[i] for i in features}
-            # in one forward gradients are kept for all, or for none
-            if not self._defer or first.requires_grad or features.keys() != self._indexer.info.layers.keys():
-                return False
-            if not all(isinstance(x, _IndexedLayer) for x in held.values()):
+            known = features.keys() == self._indexer.info.layers.keys()
+            if not known or not all(isinstance(x, _IndexedLayer) for x in held.values()):
                 return False
             together = _Together()
             for i, x in held.items():
                 x.index_alone()
                 x.index_together, x.index_place = together, (i, turns[i])
-        before = sum(x.positions for x in cache.layers[layer].index_waiting)
-        if _full(before + len(together.tokens), first):
+        if _full(cache.layers[layer].index_waiting, len(together.tokens), first):
             return False
         together.tokens.append((features, *tables))
         return True
@@ -357,7 +359,7 @@ class IndexKeys:
         if features.shape[1] == 1 and held.index_seen and self.wait(held, features, inputs.cos, inputs.sin):
             return None
         if later and self._defer and not held.index_alone() and features.numel() <= MOST_PROMPT_VALUES:
-            held.index_waiting = (Waiting(features.detach(), inputs.cos, inputs.sin),)
+            held.index_waiting = (Waiting(features.detach(), inputs.cos, inputs.sin, features.shape[1] == 1),)
             return None
         held.index_rows = rows = self._rows(layer, inputs, features, held)
         held.index_waiting = ()
