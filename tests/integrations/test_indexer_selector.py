@@ -672,6 +672,25 @@ def test_a_short_prompt_waits_on_while_tokens_are_generated(models, monkeypatch)
     assert written == [0, 0, 0, 0, 25, 25]
 
 
+def test_a_token_that_failed_halfway_can_be_cropped_away(models):
+    model, ids, cache = tiny_models.build("llama"), tiny_models.prompt(40), DynamicCache()
+    first = model.model.layers[0]
+    with torch.no_grad(), topmass.sparsify(model, select(make(model), 9)):
+        model(ids[:, :20], past_key_values=cache)
+        model(ids[:, 20:21], past_key_values=cache)
+        # the layers after it do not see the token
+        mlp, first.mlp = first.mlp, None
+        with pytest.raises(TypeError):
+            model(ids[:, 21:22], past_key_values=cache)
+        first.mlp = mlp
+        for layer in cache.layers:
+            layer.crop(20 - layer.get_seq_length())
+        assert [layer.index_seen for layer in cache.layers] == [20] * len(cache.layers)
+        found = model(ids[:, 20:], past_key_values=cache).logits
+        wanted = model(ids).logits[:, 20:]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_tokens_with_gradients_keep_no_graph(models):
     model, ids, cache = models("llama"), tiny_models.prompt(24), DynamicCache()
     with topmass.sparsify(model, select(make(model), 9)):

@@ -305,13 +305,12 @@ class IndexKeys:
         """
         layer, first = next(iter(features.items()))
         # in one forward gradients are kept for all, or for none
-        if not self._defer or first.requires_grad:
+        if not self._defer or first.requires_grad or features.keys() != self._indexer.info.layers.keys():
             return False
         together: _Together | None = getattr(cache.layers[layer], "index_together", None)
         if together is None or together.ended:
             held = {i: cache.layers[i] for i in features}
-            known = features.keys() == self._indexer.info.layers.keys()
-            if not known or not all(isinstance(x, _IndexedLayer) for x in held.values()):
+            if not all(isinstance(x, _IndexedLayer) for x in held.values()):
                 return False
             together = _Together()
             for i, x in held.items():
